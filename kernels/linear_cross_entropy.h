@@ -1,0 +1,25 @@
+// The language-model head and its loss in one: logits = x w^T, loss = logsumexp(logits) -
+// logits[label]. Works through chunks of tokens and computes the gradient of a chunk while its
+// logits are there, so [tokens, vocab] is never held and the logits are computed once.
+#pragma once
+
+#include "kernels/dispatch.h"
+
+namespace shoal::kernels {
+
+struct LinearCrossEntropyOptions {
+  double gradient_scale = 1;   // of dx and dw: one over the step's global number of tokens
+  int64_t chunk_tokens = 256;  // rows of logits held at a time
+};
+
+// x [M, D], w [V, D], labels i32 [M]; a negative label is ignored (no loss, no gradient), one >= V
+// is an Error(kData). losses [M] f32 (f64 for f64), unscaled, 0 where ignored. dx [M, D] and dw [V,
+// D] may both be absent (evaluation). dw is added to if accumulate_dw; it may be f32 while x and w
+// are bf16.
+SHOAL_KERNEL(LinearCrossEntropy,
+             (const Stream& stream, const View& losses, const View& dx, const View& dw,
+              bool accumulate_dw, const View& x, const View& w, const View& labels,
+              const LinearCrossEntropyOptions& options),
+             (stream, losses, dx, dw, accumulate_dw, x, w, labels, options))
+
+}  // namespace shoal::kernels
