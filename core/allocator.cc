@@ -1,0 +1,200 @@
+#include "core/allocator.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+#include <vector>
+
+#include "core/base/build_config.h"
+#include "core/base/error.h"
+#include "kernels/cuda_runtime.h"
+
+namespace shoal {
+
+const char* Name(MemoryClass memory_class) {
+  constexpr const char* kNames[] = {"parameters",  "gradients",     "optimizer",
+                                    "activations", "communication", "workspace"};
+  return kNames[static_cast<int>(memory_class)];
+}
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t RoundUp(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// Best fit over address ranges that are added as they are obtained. Knows addresses, not memory.
+class BestFit {
+ public:
+  void AddRange(uintptr_t begin, size_t size) { Release(begin, size); }
+
+  // 0 when no free range is long enough.
+  uintptr_t Take(size_t size) {
+    const auto it = by_size_.lower_bound({size, 0});
+    if (it == by_size_.end()) return 0;
+    const auto [free_size, begin] = *it;
+    by_size_.erase(it);
+    by_address_.erase(begin);
+    if (free_size > size) Insert(begin + size, free_size - size);
+    return begin;
+  }
+
+  void Release(uintptr_t begin, size_t size) {
+    auto next = by_address_.lower_bound(begin);
+    if (next != by_address_.end() && next->first == begin + size) {
+      size += next->second;
+      next = Erase(next);
+    }
+    if (next != by_address_.begin()) {
+      const auto previous = std::prev(next);
+      if (previous->first + previous->second == begin) {
+        begin = previous->first;
+        size += previous->second;
+        Erase(previous);
+      }
+    }
+    Insert(begin, size);
+  }
+
+ private:
+  using ByAddress = std::map<uintptr_t, size_t>;
+  void Insert(uintptr_t begin, size_t size) {
+    by_address_.emplace(begin, size);
+    by_size_.emplace(size, begin);
+  }
+  ByAddress::iterator Erase(ByAddress::iterator it) {
+    by_size_.erase({it->second, it->first});
+    return by_address_.erase(it);
+  }
+
+  ByAddress by_address_;
+  // Equal sizes: the lowest address first, which keeps the touched part of the range short.
+  std::set<std::pair<size_t, uintptr_t>> by_size_;
+};
+
+class RangeAllocator : public Allocator {
+ public:
+  explicit RangeAllocator(Device device) : device_(device) {
+    if (device.type == DeviceType::kCpu) Reserve();
+    if (device.type == DeviceType::kMeta) ranges_.AddRange(kHugePage, size_t{1} << 60);
+  }
+
+  ~RangeAllocator() override {
+    for (const auto& [begin, size] : segments_) {
+      void* data = reinterpret_cast<void*>(begin);
+      if (device_.type == DeviceType::kCpu) munmap(data, size);
+      if constexpr (kHaveCuda) {
+        if (device_.type == DeviceType::kCuda) cuda::Free(data);
+      }
+    }
+  }
+
+  void* Allocate(size_t bytes, MemoryClass memory_class) override {
+    const size_t size = RoundUp(std::max<size_t>(bytes, 1), kAlignment);
+    const std::lock_guard lock(mutex_);
+    uintptr_t begin = ranges_.Take(size);
+    if (begin == 0 && device_.type == DeviceType::kCuda) {
+      GrowCuda(size);
+      begin = ranges_.Take(size);
+    }
+    if (begin == 0) Exhausted(bytes, memory_class);
+    blocks_.emplace(begin, Block{size, static_cast<int64_t>(bytes), memory_class});
+    const int c = static_cast<int>(memory_class);
+    stats_.live[c] += static_cast<int64_t>(bytes);
+    stats_.live_total += static_cast<int64_t>(bytes);
+    stats_.peak[c] = std::max(stats_.peak[c], stats_.live[c]);
+    stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
+    return reinterpret_cast<void*>(begin);
+  }
+
+  void Free(void* data) override {
+    const std::lock_guard lock(mutex_);
+    const auto it = blocks_.find(reinterpret_cast<uintptr_t>(data));
+    if (it == blocks_.end()) return;  // destructors call this: nothing to throw into
+    const Block block = it->second;
+    blocks_.erase(it);
+    stats_.live[static_cast<int>(block.memory_class)] -= block.bytes;
+    stats_.live_total -= block.bytes;
+    ranges_.Release(reinterpret_cast<uintptr_t>(data), block.size);
+  }
+
+  MemoryStats stats() const override {
+    const std::lock_guard lock(mutex_);
+    return stats_;
+  }
+
+  void ResetPeak() override {
+    const std::lock_guard lock(mutex_);
+    stats_.peak = stats_.live;
+    stats_.peak_total = stats_.live_total;
+  }
+
+ private:
+  struct Block {
+    size_t size;    // taken from the range
+    int64_t bytes;  // asked for
+    MemoryClass memory_class;
+  };
+
+  // Address space is reserved far beyond the machine's memory and costs nothing until touched; one
+  // range means that any freed neighbours merge. Limits on address space make it smaller.
+  void Reserve() {
+    const size_t physical =
+        static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+    for (size_t size = RoundUp(2 * physical, kHugePage); size >= kHugePage; size /= 2) {
+      void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (data == MAP_FAILED) continue;
+      madvise(data, size, MADV_HUGEPAGE);  // a hint: without it pages are small, not wrong
+      const auto begin = reinterpret_cast<uintptr_t>(data);
+      segments_.emplace_back(begin, size);
+      const uintptr_t aligned = RoundUp(begin, kHugePage);
+      ranges_.AddRange(aligned, begin + size - aligned);
+      return;
+    }
+    SHOAL_FAIL(ErrorKind::kBug, "allocator", "no address space for a memory range");
+  }
+
+  void GrowCuda(size_t size) {
+    if constexpr (kHaveCuda) {
+      const size_t segment = RoundUp(std::max(size, size_t{256} << 20), kHugePage);
+      void* data = cuda::Allocate(device_.index, segment);
+      if (data == nullptr) data = cuda::Allocate(device_.index, size);
+      if (data == nullptr) return;
+      segments_.emplace_back(reinterpret_cast<uintptr_t>(data), segment);
+      ranges_.AddRange(reinterpret_cast<uintptr_t>(data), segment);
+    }
+  }
+
+  [[noreturn]] void Exhausted(size_t bytes, MemoryClass memory_class) const {
+    std::string table;
+    for (int c = 0; c < kMemoryClasses; ++c) {
+      table += fmt::format("{}{} {} MB", c ? ", " : "", Name(static_cast<MemoryClass>(c)),
+                           stats_.live[c] >> 20);
+    }
+    SHOAL_FAIL(
+        ErrorKind::kBug, "allocator",
+        "no room for {} bytes of {} on {}; live: {}. Make the batch or the sequences shorter",
+        bytes, Name(memory_class), Name(device_.type), table);
+  }
+
+  const Device device_;
+  mutable std::mutex mutex_;
+  BestFit ranges_;
+  std::vector<std::pair<uintptr_t, size_t>> segments_;
+  std::unordered_map<uintptr_t, Block> blocks_;
+  MemoryStats stats_;
+};
+
+}  // namespace
+
+std::shared_ptr<Allocator> Allocator::Create(Device device) {
+  return std::make_shared<RangeAllocator>(device);
+}
+
+}  // namespace shoal

@@ -1,0 +1,243 @@
+#include "core/autograd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <queue>
+
+#include "kernels/elementwise.h"
+
+namespace shoal {
+namespace {
+thread_local bool grad_enabled = true;
+std::atomic<uint64_t> next_sequence = 0;
+
+const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
+}  // namespace
+
+bool GradEnabled() { return grad_enabled; }
+NoGrad::NoGrad() : previous_(grad_enabled) { grad_enabled = false; }
+NoGrad::~NoGrad() { grad_enabled = previous_; }
+
+Node::Node(const char* name, const Dims& shape, DType dtype)
+    : name_(name), sequence_(next_sequence++), shape_(shape), dtype_(dtype) {}
+
+// A graph that is dropped without a backward is a chain of owners as long as the model is deep:
+// taken apart with a list, so that destruction does not recurse.
+Node::~Node() {
+  std::vector<std::shared_ptr<Node>> orphans = std::move(inputs_);
+  while (!orphans.empty()) {
+    const std::shared_ptr<Node> node = std::move(orphans.back());
+    orphans.pop_back();
+    if (node != nullptr && node.use_count() == 1) {
+      for (auto& input : node->inputs_) orphans.push_back(std::move(input));
+      node->inputs_.clear();
+    }
+  }
+}
+
+Leaf::Leaf(const Dims& shape, DType value_dtype)
+    : Node("leaf", shape, value_dtype), grad_dtype(value_dtype) {}
+
+bool WantsGradient(const std::vector<Tensor>& inputs) {
+  return grad_enabled && std::any_of(inputs.begin(), inputs.end(), [](const Tensor& t) {
+           return t.defined() && t.node() != nullptr;
+         });
+}
+
+Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
+              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward) {
+  if (!WantsGradient(inputs)) return out;
+  auto node = std::make_shared<Node>(name, out.shape(), out.dtype());
+  for (const Tensor& input : inputs)
+    node->inputs_.push_back(input.defined() ? input.node() : nullptr);
+  for (const Tensor& t : kept) node->saved_.emplace_back(t);
+  node->backward_ = std::move(backward);
+  out.set_node(std::move(node));
+  return out;
+}
+
+Tensor GradContext::Saved(int i) {
+  SavedTensor& saved = node_.saved_[static_cast<size_t>(i)];
+  // The first half of a split backward leaves what it read to the second.
+  return part_ == Part::kInputs ? SavedTensor(saved).Take() : saved.Take();
+}
+
+bool GradContext::Needs(int i) const {
+  const auto& input = node_.inputs_[static_cast<size_t>(i)];
+  if (input == nullptr) return false;
+  return part_ == Part::kAll || input->is_leaf() == (part_ == Part::kLeaves);
+}
+
+GradContext::Target GradContext::Sink(int i) {
+  Node& input = *node_.inputs_[static_cast<size_t>(i)];
+  Leaf* leaf = input.is_leaf() ? static_cast<Leaf*>(&input) : nullptr;
+  Tensor& slot = leaf ? leaf->grad : input.gradient_;
+  if (!slot.defined()) {
+    slot = leaf ? Tensor::Empty(input.shape_, leaf->grad_dtype, leaf->memory_class)
+                : Tensor::Empty(input.shape_, input.dtype_);
+    return {slot, false};
+  }
+  // Another input still reads it (a residual's gradient goes both ways): add into a copy.
+  if (!leaf && !slot.exclusive()) slot = slot.Clone();
+  return {slot, true};
+}
+
+void GradContext::Give(int i, Tensor gradient) {
+  if (!Needs(i)) return;
+  Node& input = *node_.inputs_[static_cast<size_t>(i)];
+  SHOAL_CHECK(gradient.shape() == input.shape_, node_.name_,
+              "gradient of shape {} for an input of shape {}", gradient.shape().ToString(),
+              input.shape_.ToString());
+  if (!input.is_leaf() && !input.gradient_.defined()) {
+    input.gradient_ = std::move(gradient);
+    return;
+  }
+  if (input.is_leaf()) {
+    // A first share that was computed into a buffer of the right kind becomes the gradient itself.
+    auto& leaf = static_cast<Leaf&>(input);
+    if (!leaf.grad.defined() && gradient.dtype() == leaf.grad_dtype && gradient.exclusive() &&
+        gradient.contiguous() && gradient.storage().memory_class() == leaf.memory_class) {
+      leaf.grad = std::move(gradient);
+      return;
+    }
+  }
+  const Target target = Sink(i);
+  if (target.accumulate) {
+    kernels::Add(CurrentStream(), target.tensor.view(), target.tensor.view(), gradient.view(), 1,
+                 1);
+  } else {
+    target.tensor.CopyFrom(gradient);
+  }
+}
+
+class BackwardPass {
+ public:
+  explicit BackwardPass(const BackwardOptions& options) : options_(options) {}
+
+  void Run(const Tensor& root, const Tensor& gradient) {
+    const std::shared_ptr<Node> node = root.node();
+    SHOAL_CHECK(node != nullptr, "backward", "the result depends on nothing that wants a gradient");
+    Discover(node);
+    if (gradient.defined()) {
+      SHOAL_CHECK(gradient.shape() == root.shape(), "backward",
+                  "gradient of shape {} for a result of shape {}", gradient.shape().ToString(),
+                  root.shape().ToString());
+      node->gradient_ = gradient;
+    } else {
+      SHOAL_CHECK(root.numel() == 1, "backward", "a result of shape {} needs a gradient",
+                  root.shape().ToString());
+      node->gradient_ = Tensor::Full(root.shape(), root.dtype(), 1);
+    }
+    Push(node);
+    while (!ready_.empty()) {
+      const std::shared_ptr<Node> next = ready_.top();
+      ready_.pop();
+      Process(next);
+    }
+    if (options_.deferred != nullptr) options_.deferred->final_ = options_.final_micro_batch;
+  }
+
+  // Runs a node's backward for `part` and drops what it kept unless the other half is still to
+  // come.
+  static void Call(Node& node, Tensor grad, GradContext::Part part) {
+    GradContext context(node, std::move(grad), part);
+    node.backward_(context);
+    if (part == GradContext::Part::kInputs) return;
+    node.saved_.clear();
+    node.backward_ = nullptr;
+  }
+
+  static void Fire(Leaf& leaf, bool final) {
+    for (const auto& hook : leaf.hooks) hook(GradEvent::kShareAdded);
+    if (!final) return;
+    for (const auto& hook : leaf.hooks) hook(GradEvent::kFinal);
+  }
+
+  static std::vector<Leaf*> Leaves(const Node& node) {
+    std::vector<Leaf*> leaves;
+    for (const auto& input : node.inputs_) {
+      if (input != nullptr && input->is_leaf()) leaves.push_back(static_cast<Leaf*>(input.get()));
+    }
+    return leaves;
+  }
+
+ private:
+  struct Older {
+    bool operator()(const std::shared_ptr<Node>& a, const std::shared_ptr<Node>& b) const {
+      return a->sequence_ < b->sequence_;
+    }
+  };
+
+  // Counts the uses of every node that can be reached.
+  void Discover(const std::shared_ptr<Node>& root) {
+    std::vector<Node*> stack = {root.get()};
+    while (!stack.empty()) {
+      Node* node = stack.back();
+      stack.pop_back();
+      SHOAL_CHECK(node->is_leaf() || node->backward_ != nullptr, "backward",
+                  "the graph behind op '{}' was used by an earlier backward", node->name_);
+      for (const auto& input : node->inputs_) {
+        if (input != nullptr && input->pending_++ == 0) stack.push_back(input.get());
+      }
+    }
+  }
+
+  void Push(const std::shared_ptr<Node>& node) { ready_.push(node); }
+
+  void Process(const std::shared_ptr<Node>& node) {
+    if (node->is_leaf()) {
+      auto& leaf = static_cast<Leaf&>(*node);
+      if (leaf.grad.defined()) Fire(leaf, options_.final_micro_batch);
+      return;
+    }
+    Tensor grad = std::move(node->gradient_);
+    node->gradient_ = Tensor();
+    const bool split = options_.deferred != nullptr && !Leaves(*node).empty();
+    // Without a gradient (a use whose consumer gave none) there is nothing to pass on, but the
+    // inputs must still learn that this use is done.
+    if (grad.defined()) {
+      if (split) {
+        Call(*node, grad, GradContext::Part::kInputs);
+        options_.deferred->work_.push_back({node, std::move(grad)});
+      } else {
+        Call(*node, std::move(grad), GradContext::Part::kAll);
+      }
+    }
+    for (const auto& input : node->inputs_) {
+      if (input != nullptr && --input->pending_ == 0 && !(options_.deferred && input->is_leaf()))
+        Push(input);
+    }
+    if (!split) node->inputs_.clear();
+  }
+
+  const BackwardOptions& options_;
+  // The newest node first: memory is freed in the reverse order of its use, and the order in which
+  // gradients become ready is the same on every rank.
+  std::priority_queue<std::shared_ptr<Node>, std::vector<std::shared_ptr<Node>>, Older> ready_;
+};
+
+void DeferredGradients::Run() {
+  // Uses per leaf, so that each fires once, after its last share.
+  std::vector<std::pair<Leaf*, int>> uses;
+  const auto count = [&uses](Leaf* leaf) -> int& {
+    for (auto& [l, n] : uses)
+      if (l == leaf) return n;
+    return uses.emplace_back(leaf, 0).second;
+  };
+  for (const Work& work : work_)
+    for (Leaf* leaf : BackwardPass::Leaves(*work.node)) ++count(leaf);
+  for (Work& work : work_) {
+    BackwardPass::Call(*work.node, std::move(work.grad), GradContext::Part::kLeaves);
+    for (Leaf* leaf : BackwardPass::Leaves(*work.node)) {
+      if (--count(leaf) == 0 && leaf->grad.defined()) BackwardPass::Fire(*leaf, final_);
+    }
+  }
+  work_.clear();
+}
+
+void Backward(const Tensor& root, const Tensor& gradient, const BackwardOptions& options) {
+  const NoGrad no_grad;
+  BackwardPass(options).Run(root, gradient);
+}
+
+}  // namespace shoal

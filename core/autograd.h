@@ -1,0 +1,140 @@
+// Reverse-mode differentiation on an eager tape.
+//
+// Each differentiable op makes one Node with one output. Backward walks the nodes from the newest
+// to the oldest with a heap, not by recursion. Gradients of parameters are added into their Leaf,
+// in the leaf's own dtype; an op may write or accumulate straight into that buffer (Sink), so a
+// weight's gradient GEMM runs with beta = 1 and no temporary.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/saved_tensor.h"
+#include "core/tensor.h"
+
+namespace shoal {
+
+class GradContext;
+
+class Node {
+ public:
+  Node(const char* name, const Dims& shape, DType dtype);
+  virtual ~Node();
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+
+  const char* name() const { return name_; }
+  virtual bool is_leaf() const { return false; }
+
+ private:
+  friend class GradContext;
+  friend class BackwardPass;
+  friend Tensor Record(const char*, Tensor, const std::vector<Tensor>&, const std::vector<Tensor>&,
+                       std::function<void(GradContext&)>);
+
+  const char* name_;
+  uint64_t sequence_;  // creation order
+  Dims shape_;         // of the output, and so of its gradient
+  DType dtype_;
+  std::vector<std::shared_ptr<Node>> inputs_;  // null where no gradient is wanted
+  std::vector<SavedTensor> saved_;
+  std::function<void(GradContext&)> backward_;
+  // For the time of a backward pass:
+  int pending_ = 0;  // uses whose gradients have not arrived
+  Tensor gradient_;
+};
+
+enum class GradEvent {
+  kShareAdded,  // a micro-batch's share of the gradient is in
+  kFinal,       // the step's gradient is complete (fires after the last kShareAdded)
+};
+
+// The end of the graph at a parameter or at a tensor that was received from elsewhere.
+class Leaf : public Node {
+ public:
+  Leaf(const Dims& shape, DType value_dtype);
+  bool is_leaf() const override { return true; }
+
+  Tensor grad;       // undefined until the first share
+  DType grad_dtype;  // starts as the value's dtype
+  MemoryClass memory_class = MemoryClass::kGradients;
+  // Called in the order in which they were added.
+  std::vector<std::function<void(GradEvent)>> hooks;
+};
+
+// What a node's backward works on.
+class GradContext {
+ public:
+  const Tensor& grad() const { return grad_; }  // of the node's output
+  // Gives the gradient up; if exclusive() holds for the result, it may be overwritten.
+  Tensor TakeGrad() { return std::move(grad_); }
+  Tensor Saved(int i);  // as kept by Record
+  bool Needs(int i) const;
+
+  // The place for input i's gradient: write it, or add to it if `accumulate`.
+  struct Target {
+    Tensor tensor;
+    bool accumulate;
+  };
+  Target Sink(int i);
+  // Hands over a finished gradient of input i; it may be shared with other inputs.
+  void Give(int i, Tensor gradient);
+
+ private:
+  friend class BackwardPass;
+  friend class DeferredGradients;
+  enum class Part { kAll, kInputs, kLeaves };
+  GradContext(Node& node, Tensor grad, Part part)
+      : node_(node), grad_(std::move(grad)), part_(part) {}
+
+  Node& node_;
+  Tensor grad_;
+  Part part_;
+};
+
+// Weight gradients that a backward left for later: the W half of a split backward (zero-bubble
+// pipelines). Run() computes them and fires the leaves' hooks.
+class DeferredGradients {
+ public:
+  void Run();
+  bool empty() const { return work_.empty(); }
+
+ private:
+  friend class BackwardPass;
+  struct Work {
+    std::shared_ptr<Node> node;
+    Tensor grad;
+  };
+  std::vector<Work> work_;
+  bool final_ = true;
+};
+
+struct BackwardOptions {
+  bool final_micro_batch = true;          // hooks also see GradEvent::kFinal
+  DeferredGradients* deferred = nullptr;  // if set, only activations' gradients are computed now
+};
+
+// Differentiates `root`; `gradient` may be left out for a scalar (then it is 1). The graph is used
+// up.
+void Backward(const Tensor& root, const Tensor& gradient = {}, const BackwardOptions& options = {});
+
+// For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.
+// `kept` is what backward will ask for by Saved(i).
+Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
+              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward);
+bool WantsGradient(const std::vector<Tensor>& inputs);
+
+bool GradEnabled();
+class NoGrad {
+ public:
+  NoGrad();
+  ~NoGrad();
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool previous_;
+};
+
+}  // namespace shoal

@@ -1,0 +1,44 @@
+// What a rank's thread computes with: its device, its memory, its stream. Thread-local, because
+// ranks may be threads of one process; a thread that was given none shares the process's default on
+// the CPU.
+#pragma once
+
+#include <memory>
+
+#include "core/allocator.h"
+#include "core/base/stream.h"
+
+namespace shoal {
+
+class ExecutionContext {
+ public:
+  explicit ExecutionContext(Device device);
+  ~ExecutionContext();
+  ExecutionContext(const ExecutionContext&) = delete;
+  ExecutionContext& operator=(const ExecutionContext&) = delete;
+
+  Device device() const { return stream_.device; }
+  const Stream& stream() const { return stream_; }
+  const std::shared_ptr<Allocator>& allocator() const { return allocator_; }
+  void Synchronize() const;  // waits until everything queued has run
+
+  static ExecutionContext& Current();
+
+ private:
+  std::shared_ptr<Allocator> allocator_;
+  Stream stream_;
+};
+
+// Makes `context` the current one of this thread while in scope.
+class ContextScope {
+ public:
+  explicit ContextScope(ExecutionContext& context);
+  ~ContextScope();
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+ private:
+  ExecutionContext* previous_;
+};
+
+}  // namespace shoal

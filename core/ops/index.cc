@@ -1,0 +1,37 @@
+#include "core/ops.h"
+#include "core/ops/common.h"
+#include "kernels/dropout.h"
+#include "kernels/embedding.h"
+
+namespace shoal::ops {
+
+Tensor Embedding(const Tensor& table, const Tensor& ids) {
+  Dims shape = ids.shape();
+  shape.push_back(table.dim(1));
+  Tensor out = Tensor::Empty(shape, table.dtype());
+  const Tensor flat = ids.Reshaped({-1});
+  kernels::Embedding(CurrentStream(), Rows(out).view(), table.view(), flat.view());
+  return Record("embedding", out, {table}, {flat}, [](GradContext& context) {
+    const Tensor ids = context.Saved(0);
+    const auto [dtable, accumulate] = context.Sink(0);
+    kernels::EmbeddingBackward(CurrentStream(), dtable.view(), accumulate,
+                               Rows(context.grad()).view(), ids.view());
+  });
+}
+
+Tensor Dropout(const Tensor& x, const Tensor& tokens, double p, const PhiloxKey& key) {
+  if (p == 0) return x;
+  SHOAL_CHECK(p > 0 && p < 1, "dropout", "p = {}", p);
+  Tensor out = Tensor::Empty(x.shape(), x.dtype());
+  const Tensor flat = tokens.Reshaped({-1});
+  kernels::Dropout(CurrentStream(), Rows(out).view(), Rows(x).view(), flat.view(), p, key);
+  return Record("dropout", out, {x}, {flat}, [p, key](GradContext& context) {
+    const Tensor tokens = context.Saved(0);
+    Tensor gradient = Overwritable(context.TakeGrad());
+    kernels::Dropout(CurrentStream(), Rows(gradient).view(), Rows(gradient).view(), tokens.view(),
+                     p, key);
+    context.Give(0, std::move(gradient));
+  });
+}
+
+}  // namespace shoal::ops

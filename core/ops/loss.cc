@@ -1,0 +1,56 @@
+#include "core/ops.h"
+#include "core/ops/common.h"
+#include "kernels/elementwise.h"
+#include "kernels/linear_cross_entropy.h"
+#include "kernels/reduce.h"
+
+namespace shoal::ops {
+
+// The gradients are computed with the loss, while a chunk's logits are at hand, for an upstream
+// gradient of 1; backward scales them if it turns out to be another.
+Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& labels,
+                          double normalizer) {
+  SHOAL_CHECK(x.dim(-1) == weight.dim(1) && labels.numel() * x.dim(-1) == x.numel(),
+              "linear_cross_entropy", "x {}, weight {} and labels {} do not fit",
+              x.shape().ToString(), weight.shape().ToString(), labels.shape().ToString());
+  SHOAL_CHECK(normalizer > 0, "linear_cross_entropy", "normalizer {}", normalizer);
+  const Tensor rows = Rows(x);
+  Tensor dx, dweight;
+  if (WantsGradient({x, weight})) {
+    const Node* node = weight.node().get();
+    const DType dtype = node != nullptr && node->is_leaf()
+                            ? static_cast<const Leaf*>(node)->grad_dtype
+                            : weight.dtype();
+    dx = Tensor::Empty(x.shape(), x.dtype());
+    dweight = Tensor::Empty(weight.shape(), dtype, MemoryClass::kGradients);
+  }
+  Tensor loss = Tensor::Empty({1}, DType::kF64);
+  {
+    const Tensor losses =
+        Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()), MemoryClass::kWorkspace);
+    kernels::LinearCrossEntropyOptions options;
+    options.gradient_scale = 1 / normalizer;
+    kernels::LinearCrossEntropy(CurrentStream(), losses.view(),
+                                dx.defined() ? Rows(dx).view() : View(), dweight.view(), false,
+                                rows.view(), weight.view(), labels.Reshaped({-1}).view(), options);
+    kernels::Sum(CurrentStream(), loss.view(), losses.view());
+  }
+  kernels::Scale(CurrentStream(), loss.view(), loss.view(), 1 / normalizer);
+  if (!dx.defined()) return loss;
+  // Not among the tensors that saved-tensor hooks see: these are gradients, not activations.
+  return Record("linear_cross_entropy", loss, {x, weight}, {},
+                [dx, dweight](GradContext& context) mutable {
+                  const double upstream =
+                      context.grad().device().type == DeviceType::kMeta ? 1 : context.grad().Item();
+                  for (int i = 0; i < 2; ++i) {
+                    Tensor& gradient = i == 0 ? dx : dweight;
+                    if (!context.Needs(i)) continue;
+                    if (upstream != 1)
+                      kernels::Scale(CurrentStream(), gradient.view(), gradient.view(), upstream);
+                    context.Give(i, std::move(gradient));
+                    gradient = Tensor();
+                  }
+                });
+}
+
+}  // namespace shoal::ops

@@ -1,0 +1,132 @@
+// A strided array in ref-counted storage. Copying a Tensor shares it.
+#pragma once
+
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/allocator.h"
+#include "core/base/view.h"
+#include "core/context.h"
+
+namespace shoal {
+
+class Node;
+
+// Memory that tensors share. It may be given up and obtained again while tensors refer to it: that
+// is how ZeRO 3 frees the parameters of a block between uses.
+class Storage {
+ public:
+  Storage(size_t bytes, MemoryClass memory_class, std::shared_ptr<Allocator> allocator,
+          Device device)
+      : bytes_(bytes),
+        memory_class_(memory_class),
+        allocator_(std::move(allocator)),
+        device_(device) {}
+  ~Storage() { Release(); }
+  Storage(const Storage&) = delete;
+  Storage& operator=(const Storage&) = delete;
+
+  void Materialize() {
+    if (data_ == nullptr) data_ = allocator_->Allocate(bytes_, memory_class_);
+  }
+  void Release() {
+    if (data_ != nullptr) allocator_->Free(data_);
+    data_ = nullptr;
+  }
+  void* data() const { return data_; }  // null while released
+  size_t bytes() const { return bytes_; }
+  MemoryClass memory_class() const { return memory_class_; }
+  Device device() const { return device_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+  MemoryClass memory_class_;
+  std::shared_ptr<Allocator> allocator_;
+  Device device_;
+};
+
+class Tensor {
+ public:
+  Tensor() = default;  // undefined: no shape, no storage
+
+  // On the current context's device, uninitialised.
+  static Tensor Empty(const Dims& shape, DType dtype,
+                      MemoryClass memory_class = MemoryClass::kActivations);
+  // Has a shape but no memory until storage().Materialize().
+  static Tensor Unmaterialized(const Dims& shape, DType dtype, MemoryClass memory_class);
+  static Tensor Full(const Dims& shape, DType dtype, double value,
+                     MemoryClass memory_class = MemoryClass::kActivations);
+  // Copies host values; T is the dtype's own type.
+  template <class T>
+  static Tensor From(std::span<const T> values, const Dims& shape,
+                     MemoryClass memory_class = MemoryClass::kActivations) {
+    return FromHost(values.data(), values.size(), shape, DTypeOf<T>::value, memory_class);
+  }
+  template <class T>
+  static Tensor From(const std::vector<T>& values, const Dims& shape,
+                     MemoryClass memory_class = MemoryClass::kActivations) {
+    return From(std::span<const T>(values), shape, memory_class);
+  }
+
+  bool defined() const { return impl_ != nullptr; }
+  const Dims& shape() const { return impl_->shape; }
+  const Dims& strides() const { return impl_->strides; }
+  int rank() const { return impl_->shape.rank(); }
+  int64_t dim(int i) const { return impl_->shape[i]; }
+  int64_t numel() const { return impl_->shape.numel(); }
+  size_t bytes() const { return static_cast<size_t>(numel()) * SizeOf(dtype()); }
+  DType dtype() const { return impl_->dtype; }
+  Device device() const { return impl_->storage->device(); }
+  bool contiguous() const;
+  Storage& storage() const { return *impl_->storage; }
+  // No other tensor shares the memory: it may be overwritten.
+  bool exclusive() const { return impl_.use_count() == 1 && impl_->storage.use_count() == 1; }
+  bool is(const Tensor& other) const { return impl_ == other.impl_; }
+
+  // For kernels. An undefined tensor gives an absent view.
+  shoal::View view() const;
+  // Of a CPU tensor.
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(view().data);
+  }
+
+  // Same storage, without a place in the graph. (ops.h has the differentiable forms.)
+  Tensor Reshaped(const Dims& shape) const;  // contiguous only; one dimension may be -1
+  Tensor Narrowed(int dim, int64_t begin, int64_t count) const;
+  Tensor Transposed(int a, int b) const;
+  Tensor Detached() const;
+
+  Tensor Clone(MemoryClass memory_class = MemoryClass::kActivations) const;  // contiguous copy
+  Tensor To(DType dtype, MemoryClass memory_class = MemoryClass::kActivations) const;
+  void CopyFrom(const Tensor& source) const;  // converts; same shape
+  void Fill(double value) const;
+
+  // Waits for the device. On `meta` the values are zeros.
+  double Item() const;
+  std::vector<double> ToVector() const;
+
+  // The graph: null when no gradient is wanted.
+  const std::shared_ptr<Node>& node() const;
+  void set_node(std::shared_ptr<Node> node) const;
+
+ private:
+  struct Impl {
+    std::shared_ptr<Storage> storage;
+    int64_t offset = 0;  // elements
+    Dims shape, strides;
+    DType dtype = DType::kF32;
+    std::shared_ptr<Node> node;
+  };
+  explicit Tensor(Impl impl) : impl_(std::make_shared<Impl>(std::move(impl))) {}
+  static Tensor FromHost(const void* values, size_t count, const Dims& shape, DType dtype,
+                         MemoryClass memory_class);
+  Impl Detach() const;
+
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace shoal
