@@ -1,0 +1,485 @@
+// f32 and bf16 products by oneDNN.
+//
+// Two routes, chosen by layout alone, so that no result depends on the number of threads:
+//   team   one primitive that spreads over the threads itself. oneDNN's packed kernels ("brg") take
+//          dense operands only. They split K between threads when `a` is column-major and there are
+//          more threads than 64-wide column blocks of d; the team is never larger than that.
+//   tiles  a fixed grid of tiles of d, each computed by one thread with a one-thread primitive: for
+//          padded leading dimensions, where oneDNN falls back to a GEMM that splits K freely, for
+//          narrow d with a column-major `a`, for batches, and on CPUs without packed kernels.
+#include "kernels/matmul.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <oneapi/dnnl/dnnl.hpp>
+#include <string_view>
+#include <unordered_map>
+
+#include "core/base/thread_count.h"
+#include "kernels/cpu/matmul_internal.h"
+
+namespace shoal::kernels::cpu {
+namespace {
+
+constexpr int64_t kColumnBlock = 64;  // width of oneDNN's packed column blocks
+
+// OpenMP team size of this thread for the time of a scope; oneDNN reads it when a primitive is made
+// and again when it runs.
+class TeamSize {
+ public:
+  explicit TeamSize(int threads) : saved_(omp_get_max_threads()), changed_(threads != saved_) {
+    if (changed_) omp_set_num_threads(threads);
+  }
+  ~TeamSize() {
+    if (changed_) omp_set_num_threads(saved_);
+  }
+  TeamSize(const TeamSize&) = delete;
+  TeamSize& operator=(const TeamSize&) = delete;
+
+ private:
+  int saved_;
+  bool changed_;
+};
+
+const dnnl::engine& Engine() {
+  static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  return engine;
+}
+
+dnnl::memory::data_type DnnlType(DType dtype) {
+  return dtype == DType::kBF16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32;
+}
+
+// All that a primitive is compiled for.
+struct Key {
+  int64_t m, n, k, a_row, a_column, b_row, b_column, d_row;
+  int32_t threads;
+  DType operand, result, bias_type;
+  uint8_t flags;  // 1: accumulate, 2: bias
+
+  bool operator==(const Key&) const = default;
+};
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t h = static_cast<uint64_t>(key.threads) << 32 | static_cast<uint64_t>(key.flags) << 24 |
+                 static_cast<uint64_t>(key.operand) << 16 | static_cast<uint64_t>(key.result) << 8 |
+                 static_cast<uint64_t>(key.bias_type);
+    for (int64_t v :
+         {key.m, key.n, key.k, key.a_row, key.a_column, key.b_row, key.b_column, key.d_row}) {
+      h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
+      h ^= h >> 29;
+    }
+    return h;
+  }
+};
+
+// A compiled product. The primitive may run in several threads at once; memory objects may not, so
+// each thread of a team has a slot of its own.
+class Compiled {
+ public:
+  explicit Compiled(const Key& key) : flags_(key.flags) {
+    using dnnl::memory;
+    const memory::desc a({key.m, key.k}, DnnlType(key.operand), {key.a_row, key.a_column});
+    const memory::desc b({key.k, key.n}, DnnlType(key.operand), {key.b_row, key.b_column});
+    const memory::desc d({key.m, key.n}, DnnlType(key.result), {key.d_row, 1});
+    const memory::desc bias({1, key.n}, DnnlType(key.bias_type), {key.n, 1});
+    dnnl::primitive_attr attributes;
+    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    if (flags_ & 1) {
+      dnnl::post_ops sum;
+      sum.append_sum(1.0f);
+      attributes.set_post_ops(sum);
+    }
+    const TeamSize team(key.threads);
+    descriptor_ = dnnl::matmul::primitive_desc(
+        flags_ & 2 ? dnnl::matmul::desc(a, b, bias, d) : dnnl::matmul::desc(a, b, d), attributes,
+        Engine());
+    primitive_ = dnnl::matmul(descriptor_);
+    const size_t bytes = descriptor_.scratchpad_desc().get_size();
+    scratch_bytes_ = (bytes + 63) / 64 * 64;
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+  std::string_view implementation() const { return descriptor_.impl_info_str(); }
+
+  void ReserveSlots(int count) {
+    while (static_cast<int>(slots_.size()) < count) {
+      auto make = [&](const dnnl::memory::desc& desc) {
+        return dnnl::memory(desc, Engine(), nullptr);
+      };
+      Slot slot{dnnl::stream(Engine()), make(descriptor_.src_desc()),
+                make(descriptor_.weights_desc()), make(descriptor_.dst_desc()),
+                make(descriptor_.scratchpad_desc())};
+      if (flags_ & 2) slot.bias = make(descriptor_.bias_desc());
+      slots_.push_back(std::move(slot));
+    }
+  }
+
+  // `slot` < the count reserved, one thread a slot. Does not throw: runs inside parallel regions.
+  dnnl_status_t Run(int slot, const void* a, const void* b, const void* bias, void* d,
+                    void* scratch) noexcept {
+    Slot& s = slots_[slot];
+    dnnl_exec_arg_t args[5];
+    int count = 0;
+    dnnl_status_t status = dnnl_success;
+    auto pass = [&](int arg, const dnnl::memory& memory, const void* data) {
+      const dnnl_status_t set = dnnl_memory_set_data_handle(memory.get(), const_cast<void*>(data));
+      if (set != dnnl_success) status = set;
+      args[count++] = {arg, memory.get()};
+    };
+    pass(DNNL_ARG_SRC, s.a, a);
+    pass(DNNL_ARG_WEIGHTS, s.b, b);
+    pass(DNNL_ARG_DST, s.d, d);
+    if (scratch_bytes_) pass(DNNL_ARG_SCRATCHPAD, s.scratch, scratch);
+    if (flags_ & 2) pass(DNNL_ARG_BIAS, s.bias, bias);
+    if (status != dnnl_success) return status;
+    return dnnl_primitive_execute(primitive_.get(), s.stream.get(), count, args);
+  }
+
+ private:
+  struct Slot {
+    dnnl::stream stream;
+    dnnl::memory a, b, d, scratch, bias;
+  };
+
+  uint8_t flags_;
+  dnnl::matmul::primitive_desc descriptor_;
+  dnnl::matmul primitive_;
+  size_t scratch_bytes_ = 0;
+  std::deque<Slot> slots_;
+};
+
+// The compiled products of this thread. Shapes repeat from step to step; a caller whose shapes
+// never repeat (a growing cache in generation) empties it now and then.
+class Cache {
+ public:
+  // Pointers from Get stay good until the next MakeRoom.
+  void MakeRoom() {
+    if (map_.size() > kMax) map_.clear();
+  }
+  Compiled* Get(const Key& key) {
+    auto& entry = map_[key];
+    if (!entry) {
+      try {
+        entry = std::make_unique<Compiled>(key);
+      } catch (const dnnl::error& error) {
+        map_.erase(key);
+        SHOAL_FAIL(ErrorKind::kBug, "matmul", "oneDNN refuses [{}, {}] x [{}, {}] in {}: {}", key.m,
+                   key.k, key.k, key.n, Name(key.operand), error.what());
+      }
+    }
+    return entry.get();
+  }
+
+ private:
+  static constexpr size_t kMax = 1024;
+  std::unordered_map<Key, std::unique_ptr<Compiled>, KeyHash> map_;
+};
+
+Cache& ThreadCache() {
+  static thread_local Cache cache;
+  return cache;
+}
+
+enum class Support { kNone, kGemm, kPacked };
+
+// What oneDNN has on this CPU: bf16 needs AVX-512, packed kernels the instructions for their type.
+Support SupportOf(DType operand) {
+  static const auto probe = [](DType dtype) {
+    try {
+      const Compiled compiled({64, 64, 64, 64, 1, 64, 1, 64, 1, dtype, dtype, dtype, 0});
+      const std::string_view name = compiled.implementation();
+      if (name.starts_with("brg")) return Support::kPacked;
+      return name.starts_with("ref") ? Support::kNone : Support::kGemm;
+    } catch (const dnnl::error&) {
+      return Support::kNone;
+    }
+  };
+  static const Support f32 = std::max(Support::kGemm, probe(DType::kF32));
+  static const Support bf16 = probe(DType::kBF16);
+  return operand == DType::kBF16 ? bf16 : f32;
+}
+
+Key KeyOf(const Product& p, int64_t m, int64_t n, int threads) {
+  return {m,
+          n,
+          p.k,
+          p.a_row,
+          p.a_column,
+          p.b_row,
+          p.b_column,
+          p.d_row,
+          threads,
+          p.operand,
+          p.result,
+          p.bias ? p.bias_type : p.result,
+          static_cast<uint8_t>((p.accumulate ? 1 : 0) | (p.bias ? 2 : 0))};
+}
+
+const char* At(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const char*>(base) + elements * static_cast<int64_t>(SizeOf(dtype));
+}
+
+[[noreturn]] void FailRun(const Product& p, dnnl_status_t status) {
+  SHOAL_FAIL(ErrorKind::kBug, "matmul", "oneDNN status {} in [{}, {}] x [{}, {}] {}",
+             static_cast<int>(status), p.m, p.k, p.k, p.n, Name(p.operand));
+}
+
+void RunTeam(const Stream& stream, const Product& p, int threads) {
+  Compiled* compiled = ThreadCache().Get(KeyOf(p, p.m, p.n, threads));
+  compiled->ReserveSlots(1);
+  const Scratch scratch(stream, compiled->scratch_bytes());
+  const TeamSize team(threads);
+  const dnnl_status_t status = compiled->Run(0, p.a, p.b, p.bias, p.d, scratch.as<void>());
+  if (status != dnnl_success) FailRun(p, status);
+}
+
+// Cuts `size` into equal parts of a multiple of kColumnBlock, at most `target` wide.
+int64_t TileSize(int64_t size, int64_t target) {
+  const int64_t parts = (size + target - 1) / target;
+  const int64_t even = (size + parts - 1) / parts;
+  return std::min(size, (even + kColumnBlock - 1) / kColumnBlock * kColumnBlock);
+}
+
+constexpr int64_t kTileRows = 512, kTileColumns = 512;
+
+void RunTiles(const Stream& stream, const Product& p, int threads) {
+  const int64_t rows = TileSize(p.m, kTileRows), columns = TileSize(p.n, kTileColumns);
+  const int64_t row_tiles = (p.m + rows - 1) / rows, column_tiles = (p.n + columns - 1) / columns;
+  const int64_t tiles = p.batch * row_tiles * column_tiles;
+  const int64_t last_rows = p.m - (row_tiles - 1) * rows;
+  const int64_t last_columns = p.n - (column_tiles - 1) * columns;
+  threads = static_cast<int>(std::min<int64_t>(threads, tiles));
+
+  Compiled* compiled[2][2];  // [last row of tiles][last column of tiles]
+  size_t scratch_bytes = 0;
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      compiled[i][j] =
+          ThreadCache().Get(KeyOf(p, i ? last_rows : rows, j ? last_columns : columns, 1));
+      compiled[i][j]->ReserveSlots(threads);
+      scratch_bytes = std::max(scratch_bytes, compiled[i][j]->scratch_bytes());
+    }
+  }
+  const Scratch scratch(stream, scratch_bytes * static_cast<size_t>(threads));
+  std::atomic<dnnl_status_t> failure{dnnl_success};
+  auto run = [&](int64_t tile, int thread) {
+    const int64_t j = tile % column_tiles, i = tile / column_tiles % row_tiles;
+    const int64_t z = tile / column_tiles / row_tiles;
+    const int64_t m = i * rows, n = j * columns;
+    const dnnl_status_t status = compiled[i == row_tiles - 1][j == column_tiles - 1]->Run(
+        thread, At(p.a, z * p.a_batch + m * p.a_row, p.operand),
+        At(p.b, z * p.b_batch + n * p.b_column, p.operand),
+        p.bias ? At(p.bias, n, p.bias_type) : nullptr,
+        const_cast<char*>(At(p.d, z * p.d_batch + m * p.d_row + n, p.result)),
+        scratch.as<char>() + scratch_bytes * static_cast<size_t>(thread));
+    if (status != dnnl_success) failure = status;
+  };
+  if (threads == 1) {
+    const TeamSize alone(1);
+    for (int64_t tile = 0; tile < tiles; ++tile) run(tile, 0);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+      const TeamSize alone(1);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t tile = 0; tile < tiles; ++tile) run(tile, omp_get_thread_num());
+    }
+  }
+  if (failure != dnnl_success) FailRun(p, failure);
+}
+
+void RunDnnl(const Stream& stream, const Product& p) {
+  ThreadCache().MakeRoom();
+  const int64_t blocks = (p.n + kColumnBlock - 1) / kColumnBlock;
+  const bool a_by_rows = p.a_column == 1 && p.a_row == p.k;
+  const bool a_by_columns = p.a_row == 1 && p.a_column == p.m;
+  const bool b_dense = (p.b_column == 1 && p.b_row == p.n) || (p.b_row == 1 && p.b_column == p.k);
+  const bool team = p.batch == 1 && SupportOf(p.operand) == Support::kPacked && b_dense &&
+                    p.d_row == p.n && (a_by_rows || (a_by_columns && blocks >= 6));
+  // Waking a team costs as much as a product of about 10^5 multiplications.
+  const bool small = p.batch * p.m * p.n * p.k < 100'000;
+  const int threads = small ? 1 : KernelThreads();
+  if (!team) return RunTiles(stream, p, threads);
+  RunTeam(stream, p, a_by_rows ? threads : static_cast<int>(std::min<int64_t>(threads, blocks)));
+}
+
+// bf16 where oneDNN has none: blocks converted to f32, multiplied there, converted back.
+void RunConverted(const Stream& stream, const Product& p) {
+  constexpr int64_t kRows = 256, kColumns = 512;
+  const int64_t rows = std::min(p.m, kRows), columns = std::min(p.n, kColumns);
+  const Scratch a(stream, sizeof(float) * static_cast<size_t>(rows * p.k));
+  const Scratch b(stream, sizeof(float) * static_cast<size_t>(columns * p.k));
+  const Scratch d(stream, sizeof(float) * static_cast<size_t>(rows * columns));
+  const Scratch bias(stream, sizeof(float) * static_cast<size_t>(columns));
+  const int threads = KernelThreads();
+  // Copies [outer, inner] with a unit stride inside.
+  auto widen = [&](float* to, const BF16* from, int64_t outer, int64_t inner, int64_t step) {
+#pragma omp parallel for num_threads(threads) if (outer * inner > 65536)
+    for (int64_t i = 0; i < outer; ++i)
+      for (int64_t j = 0; j < inner; ++j)
+        to[i * inner + j] = static_cast<float>(from[i * step + j]);
+  };
+  for (int64_t z = 0; z < p.batch; ++z) {
+    for (int64_t n = 0; n < p.n; n += columns) {
+      const int64_t nc = std::min(columns, p.n - n);
+      const auto* b_from =
+          reinterpret_cast<const BF16*>(At(p.b, z * p.b_batch + n * p.b_column, DType::kBF16));
+      const bool b_by_rows = p.b_column == 1;
+      widen(b.as<float>(), b_from, b_by_rows ? p.k : nc, b_by_rows ? nc : p.k,
+            b_by_rows ? p.b_row : p.b_column);
+      if (p.bias) {
+        const char* from = At(p.bias, n, p.bias_type);
+        if (p.bias_type == DType::kBF16)
+          widen(bias.as<float>(), reinterpret_cast<const BF16*>(from), 1, nc, 0);
+        else
+          std::memcpy(bias.as<float>(), from, sizeof(float) * static_cast<size_t>(nc));
+      }
+      for (int64_t m = 0; m < p.m; m += rows) {
+        const int64_t mc = std::min(rows, p.m - m);
+        const auto* a_from =
+            reinterpret_cast<const BF16*>(At(p.a, z * p.a_batch + m * p.a_row, DType::kBF16));
+        const bool a_by_rows = p.a_column == 1;
+        widen(a.as<float>(), a_from, a_by_rows ? mc : p.k, a_by_rows ? p.k : mc,
+              a_by_rows ? p.a_row : p.a_column);
+        char* to = const_cast<char*>(At(p.d, z * p.d_batch + m * p.d_row + n, p.result));
+        const bool direct = p.result == DType::kF32;
+        if (!direct && p.accumulate)
+          widen(d.as<float>(), reinterpret_cast<BF16*>(to), mc, nc, p.d_row);
+        Product f = p;
+        f.batch = 1;
+        f.m = mc;
+        f.n = nc;
+        f.a = a.as<float>();
+        f.a_row = a_by_rows ? p.k : 1;
+        f.a_column = a_by_rows ? 1 : mc;
+        f.b = b.as<float>();
+        f.b_row = b_by_rows ? nc : 1;
+        f.b_column = b_by_rows ? 1 : p.k;
+        f.bias = p.bias ? bias.as<float>() : nullptr;
+        f.d = direct ? static_cast<void*>(to) : d.as<void>();
+        f.d_row = direct ? p.d_row : nc;
+        f.operand = f.result = f.bias_type = DType::kF32;
+        RunDnnl(stream, f);
+        if (direct) continue;
+#pragma omp parallel for num_threads(threads) if (mc * nc > 65536)
+        for (int64_t i = 0; i < mc; ++i)
+          for (int64_t j = 0; j < nc; ++j)
+            reinterpret_cast<BF16*>(to)[i * p.d_row + j] = BF16(d.as<float>()[i * nc + j]);
+      }
+    }
+  }
+}
+
+// K = 0: nothing to add up.
+void AddBiasOnly(const Product& p) {
+  VisitFloat(p.result, "matmul", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Accumulator<T>;
+    for (int64_t z = 0; z < p.batch; ++z) {
+      for (int64_t i = 0; i < p.m; ++i) {
+        T* row = static_cast<T*>(p.d) + z * p.d_batch + i * p.d_row;
+        for (int64_t j = 0; j < p.n; ++j) {
+          A sum = p.accumulate ? static_cast<A>(row[j]) : A{0};
+          if (p.bias && p.bias_type == p.result)
+            sum += static_cast<A>(static_cast<const T*>(p.bias)[j]);
+          if (p.bias && p.bias_type != p.result)
+            sum += static_cast<A>(static_cast<float>(static_cast<const BF16*>(p.bias)[j]));
+          row[j] = static_cast<T>(sum);
+        }
+      }
+    }
+  });
+}
+
+// A dimension of size 1 has no stride of its own: gives it the one that makes the matrix plain.
+// Returns false where no dimension has stride 1 or rows overlap.
+bool Normalize(int64_t rows, int64_t columns, int64_t& row, int64_t& column) {
+  if (columns == 1) column = 1;
+  if (rows == 1) row = column == 1 ? columns : 1;
+  if (column == 1) {
+    if (columns == 1 && rows > 1 && row == 0) return false;
+    return row >= columns;
+  }
+  return row == 1 && column >= rows;
+}
+
+}  // namespace
+
+void Matmul(const Stream& stream, const View& d, const View& a, const View& b, const View& bias,
+            double beta) {
+  const int rank = d.rank();
+  SHOAL_CHECK((rank == 2 || rank == 3) && a.rank() == rank && b.rank() == rank, "matmul",
+              "d, a and b have {}, {} and {} dimensions, not 2 or 3 each", rank, a.rank(),
+              b.rank());
+  Product p{};
+  p.m = d.dim(-2);
+  p.n = d.dim(-1);
+  p.k = a.dim(-1);
+  p.batch = rank == 3 ? d.dim(0) : 1;
+  SHOAL_CHECK(a.dim(-2) == p.m && b.dim(-2) == p.k && b.dim(-1) == p.n &&
+                  (rank == 2 || (a.dim(0) == p.batch && b.dim(0) == p.batch)),
+              "matmul", "shapes do not fit: d {}, a {}, b {}", d.shape.ToString(),
+              a.shape.ToString(), b.shape.ToString());
+  SHOAL_CHECK(beta == 0 || beta == 1, "matmul", "beta is {}, not 0 or 1", beta);
+  const bool types =
+      a.dtype == b.dtype &&
+      (a.dtype == DType::kBF16
+           ? d.dtype == DType::kBF16 || d.dtype == DType::kF32
+           : (a.dtype == DType::kF32 || a.dtype == DType::kF64) && d.dtype == a.dtype);
+  SHOAL_CHECK(types, "matmul", "no product of {} and {} into {}", Name(a.dtype), Name(b.dtype),
+              Name(d.dtype));
+  SHOAL_CHECK(!bias || (bias.rank() == 1 && bias.dim(0) == p.n && bias.contiguous() &&
+                        (bias.dtype == d.dtype || bias.dtype == a.dtype)),
+              "matmul", "bias {} {} does not fit d {} {}", Name(bias.dtype), bias.shape.ToString(),
+              Name(d.dtype), d.shape.ToString());
+  if (p.m == 0 || p.n == 0 || p.batch == 0) return;
+
+  p.a_row = a.strides[-2];
+  p.a_column = a.strides[-1];
+  p.b_row = b.strides[-2];
+  p.b_column = b.strides[-1];
+  p.d_row = d.strides[-2];
+  int64_t d_column = d.strides[-1];
+  if (rank == 3) {
+    p.a_batch = a.strides[0];
+    p.b_batch = b.strides[0];
+    p.d_batch = d.strides[0];
+  }
+  p.a = a.data;
+  p.b = b.data;
+  p.d = d.data;
+  p.bias = bias.data;
+  p.bias_type = bias.dtype;
+  p.operand = a.dtype;
+  p.result = d.dtype;
+  p.accumulate = beta == 1;
+  SHOAL_CHECK(Normalize(p.m, p.n, p.d_row, d_column) && d_column == 1, "matmul",
+              "d {} needs stride 1 in its last dimension and rows apart, not {}",
+              d.shape.ToString(), d.strides.ToString());
+  if (p.k == 0) return AddBiasOnly(p);
+  SHOAL_CHECK(Normalize(p.m, p.k, p.a_row, p.a_column), "matmul",
+              "a {} needs stride 1 in one of its last two dimensions, not {}", a.shape.ToString(),
+              a.strides.ToString());
+  SHOAL_CHECK(Normalize(p.k, p.n, p.b_row, p.b_column), "matmul",
+              "b {} needs stride 1 in one of its last two dimensions, not {}", b.shape.ToString(),
+              b.strides.ToString());
+
+  // One b for the whole batch of dense row blocks is one taller product.
+  if (p.batch > 1 && p.b_batch == 0 && p.a_column == 1 && p.a_batch == p.m * p.a_row &&
+      p.d_batch == p.m * p.d_row) {
+    p.m *= p.batch;
+    p.batch = 1;
+  }
+  if (p.operand == DType::kF64) return MatmulF64(stream, p);
+  if (SupportOf(p.operand) == Support::kNone) return RunConverted(stream, p);
+  RunDnnl(stream, p);
+}
+
+}  // namespace shoal::kernels::cpu
