@@ -1,0 +1,189 @@
+#include "data/sentencepiece_tokenizer.h"
+
+#include <sentencepiece_processor.h>
+#include <sentencepiece_trainer.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "core/base/error.h"
+#include "data/file.h"
+
+namespace shoal {
+namespace {
+
+// Longer texts are encoded in parts that begin with a line break, which no piece crosses.
+constexpr size_t kPartBytes = 1 << 20;
+constexpr int kAlwaysQuiet = 100;  // above every level the library logs at
+
+std::string Message(const sentencepiece::util::Status& status) { return status.message(); }
+
+// The lines of a corpus for the trainer, cut to a length that it does not discard, thinned to
+// `keep` of every `of` bytes.
+class Lines final : public sentencepiece::SentenceIterator {
+ public:
+  Lines(const std::vector<FileBytes>& files, int64_t keep, int64_t of)
+      : files_(files), keep_(keep), of_(of) {
+    Next();
+  }
+  bool done() const override { return done_; }
+  const std::string& value() const override { return line_; }
+  sentencepiece::util::Status status() const override { return {}; }
+  void Next() override {
+    while (Advance()) {
+      // Takes a line whenever the share taken so far has fallen behind: even, and without chance.
+      const int64_t length = static_cast<int64_t>(line_.size());
+      seen_ += length;
+      if (length == 0 || static_cast<double>(taken_ + length) * static_cast<double>(of_) >
+                             static_cast<double>(seen_) * static_cast<double>(keep_))
+        continue;
+      taken_ += length;
+      return;
+    }
+    done_ = true;
+  }
+
+ private:
+  static constexpr size_t kLongest = 4000;
+
+  bool Advance() {
+    while (file_ < files_.size() && at_ >= static_cast<size_t>(files_[file_].size())) {
+      ++file_;
+      at_ = 0;
+    }
+    if (file_ == files_.size()) return false;
+    const std::string_view rest = files_[file_].text().substr(at_);
+    size_t length = std::min(rest.find('\n'), rest.size());
+    size_t step = length + 1;
+    if (length > kLongest) {
+      length = kLongest;
+      const size_t space = rest.substr(0, length).rfind(' ');
+      if (space != std::string_view::npos && space > 0) length = space;
+      while (length > 1 && (rest[length] & 0xC0) == 0x80) --length;
+      step = length;
+    }
+    line_.assign(rest.substr(0, length));
+    at_ += step;
+    return true;
+  }
+
+  const std::vector<FileBytes>& files_;
+  int64_t keep_, of_, seen_ = 0, taken_ = 0;
+  size_t file_ = 0, at_ = 0;
+  std::string line_;
+  bool done_ = false;
+};
+
+}  // namespace
+
+struct SentencePieceTokenizer::Model {
+  sentencepiece::SentencePieceProcessor processor;
+  // The first id of a text that begins with a line break is only the space that the model puts
+  // before every text.
+  bool leading_space = false;
+};
+
+SentencePieceTokenizer::SentencePieceTokenizer(const std::string& path)
+    : path_(path), model_(std::make_unique<Model>()) {
+  std::error_code error;
+  if (!std::filesystem::exists(path, error))
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer",
+               "{} does not exist. data.tokenizer is \"bytes\" or the path of a SentencePiece "
+               "model; `shoal data build` trains one",
+               path);
+  const FileBytes bytes(path);
+  const sentencepiece::util::Status status =
+      bytes.size() == 0 ? sentencepiece::util::Status(sentencepiece::util::StatusCode::kDataLoss,
+                                                      "the file is empty")
+                        : model_->processor.LoadFromSerializedProto(bytes.text());
+  if (!status.ok() || model_->processor.GetPieceSize() <= 0)
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} is no SentencePiece model: {}", path,
+               status.ok() ? "it has no pieces" : Message(status));
+  if (model_->processor.eos_id() < 0)
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer",
+               "{} has no end-of-sentence piece, which ends documents here. Train the model with "
+               "one (eos_id >= 0)",
+               path);
+  std::vector<int> ids;
+  if (model_->processor.Encode("\n", &ids).ok() && ids.size() >= 2)
+    model_->leading_space = ids[0] == model_->processor.PieceToId("\xE2\x96\x81");
+}
+
+SentencePieceTokenizer::~SentencePieceTokenizer() = default;
+
+std::vector<int32_t> SentencePieceTokenizer::Encode(std::string_view text) const {
+  std::vector<int32_t> all;
+  std::vector<int> ids;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = text.size() - begin <= kPartBytes
+                           ? text.size()
+                           : std::min(text.find('\n', begin + kPartBytes), text.size());
+    const auto status = model_->processor.Encode(text.substr(begin, end - begin), &ids);
+    if (!status.ok())
+      SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} cannot encode: {}", path_, Message(status));
+    const bool drop = begin > 0 && model_->leading_space && !ids.empty();
+    all.insert(all.end(), ids.begin() + drop, ids.end());
+    begin = end;
+  }
+  return all;
+}
+
+std::string SentencePieceTokenizer::Decode(std::span<const int32_t> ids) const {
+  std::string text, part;
+  const auto is_known = [&](int32_t id) { return id >= 0 && id < vocab_size(); };
+  for (size_t begin = 0; begin < ids.size();) {
+    if (!is_known(ids[begin])) {
+      text += "\xEF\xBF\xBD";
+      ++begin;
+      continue;
+    }
+    const auto end = std::find_if_not(ids.begin() + begin, ids.end(), is_known);
+    const std::vector<int> run(ids.begin() + begin, end);
+    const auto status = model_->processor.Decode(run, &part);
+    if (!status.ok())
+      SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} cannot decode: {}", path_, Message(status));
+    text += part;
+    begin += run.size();
+  }
+  return text;
+}
+
+int32_t SentencePieceTokenizer::vocab_size() const { return model_->processor.GetPieceSize(); }
+int32_t SentencePieceTokenizer::end_of_document() const { return model_->processor.eos_id(); }
+
+std::string TrainSentencePiece(const SentencePieceTraining& options) {
+  if (options.vocab_size < 260)
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer",
+               "a vocabulary of {} is too small: 256 bytes and 3 control pieces come first",
+               options.vocab_size);
+  std::vector<FileBytes> files;
+  int64_t bytes = 0;
+  for (const std::string& path : ListTextFiles(options.input)) {
+    files.push_back(ReadTextFile(path, options.binary));
+    bytes += files.back().size();
+  }
+  Lines lines(files, std::min(bytes, options.sample_bytes), bytes);
+  std::string model;
+  const auto status = sentencepiece::SentencePieceTrainer::Train(
+      {{"model_type", "bpe"},
+       {"vocab_size", fmt::format("{}", options.vocab_size)},
+       {"normalization_rule_name", "identity"},
+       {"remove_extra_whitespaces", "false"},
+       {"add_dummy_prefix", "false"},
+       {"byte_fallback", "true"},
+       {"split_digits", "true"},
+       {"character_coverage", "0.9999"},
+       {"num_threads", "1"},
+       {"minloglevel", fmt::format("{}", kAlwaysQuiet)}},
+      &lines, &model);
+  if (!status.ok())
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer", "cannot train {} pieces on {}: {}",
+               options.vocab_size, options.input, Message(status));
+  const std::string path = options.output_prefix + ".model";
+  AtomicFile file(path);
+  file.Write(model.data(), model.size());
+  file.Commit();
+  return path;
+}
+
+}  // namespace shoal

@@ -1,0 +1,167 @@
+#include "data/tokenizer.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "tests/data/temp_dir.h"
+
+namespace shoal {
+namespace {
+
+using testing::ExpectDataError;
+using testing::ReadAll;
+using testing::TempDir;
+
+// Prose with enough different words for a few hundred pieces, the same every time.
+std::string Prose(int lines) {
+  const char* const kWords[] = {"river", "stone", "walking", "the",   "of",    "and",
+                                "light", "a",     "house",   "seven", "spoke", "people",
+                                "unto",  "went",  "came",    "sea",   "king",  "daughter"};
+  std::string text;
+  uint32_t state = 1;
+  for (int i = 0; i < lines; ++i) {
+    for (int w = 0; w < 9; ++w) {
+      state = state * 1664525u + 1013904223u;
+      text += kWords[(state >> 16) % std::size(kWords)];
+      text += w == 8 ? ".\n" : " ";
+    }
+  }
+  return text;
+}
+
+TEST(ByteTokenizer, EveryByteReturns) {
+  std::string all(256, '\0');
+  std::iota(all.begin(), all.end(), 0);
+  const auto tokenizer = MakeTokenizer("bytes");
+  const std::vector<int32_t> ids = tokenizer->Encode(all);
+  for (int i = 0; i < 256; ++i) EXPECT_EQ(ids[i], i);
+  EXPECT_EQ(tokenizer->Decode(ids), all);
+  EXPECT_EQ(tokenizer->vocab_size(), 257);
+  EXPECT_EQ(tokenizer->end_of_document(), 256);
+  EXPECT_TRUE(tokenizer->Encode("").empty());
+  EXPECT_EQ(tokenizer->Decode({}), "");
+}
+
+TEST(ByteTokenizer, DecodesIdsOfALargerModel) {
+  const ByteTokenizer tokenizer;
+  EXPECT_EQ(tokenizer.Decode(std::vector<int32_t>{72, 256, 105, 257, -1, 33}),
+            "Hi\xEF\xBF\xBD\xEF\xBF\xBD!");
+}
+
+class SentencePiece : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    dir_ = new TempDir;
+    const std::string text = dir_->Write("prose.txt", Prose(400));
+    model_ = TrainSentencePiece({.input = text, .vocab_size = 320, .output_prefix = *dir_ / "m"});
+  }
+  static void TearDownTestSuite() { delete dir_; }
+
+  static inline TempDir* dir_;
+  static inline std::string model_;
+};
+
+TEST_F(SentencePiece, AnyTextReturnsExactly) {
+  const auto tokenizer = MakeTokenizer(model_);
+  EXPECT_EQ(tokenizer->vocab_size(), 320);
+  for (const std::string text :
+       {"the king went unto the sea.", "", " ", "\n", "  two  spaces ", "\n\nlines\n \n",
+        "tab\tand\r\nreturn", "na\xC3\xAFve \xE6\xB0\xB4 \xF0\x9F\x90\x9F", "123456", "e\xCC\x81",
+        "\xEF\xAC\x81 ligature", "<s> </s> <unk> <0x41>", "unto"}) {
+    const std::vector<int32_t> ids = tokenizer->Encode(text);
+    EXPECT_EQ(tokenizer->Decode(ids), text);
+    for (const int32_t id : ids) {
+      EXPECT_GE(id, 0);
+      EXPECT_LT(id, 320);
+      EXPECT_NE(id, tokenizer->end_of_document());
+    }
+  }
+}
+
+TEST_F(SentencePiece, IsShorterThanBytes) {
+  const auto tokenizer = MakeTokenizer(model_);
+  const std::string text = Prose(20);
+  EXPECT_LT(tokenizer->Encode(text).size() * 2, text.size());
+}
+
+TEST_F(SentencePiece, DocumentEndHasNoText) {
+  const auto tokenizer = MakeTokenizer(model_);
+  std::vector<int32_t> ids = tokenizer->Encode("sea");
+  ids.push_back(tokenizer->end_of_document());
+  EXPECT_EQ(tokenizer->Decode(ids), "sea");
+  ids.push_back(320);
+  ids.push_back(-5);
+  for (const int32_t id : tokenizer->Encode("stone")) ids.push_back(id);
+  EXPECT_EQ(tokenizer->Decode(ids), "sea\xEF\xBF\xBD\xEF\xBF\xBDstone");
+}
+
+TEST_F(SentencePiece, LongTextIsEncodedAsIfInOnePiece) {
+  const auto tokenizer = MakeTokenizer(model_);
+  const std::string text = Prose(60000);  // over 2 MiB
+  ASSERT_GT(text.size(), 5u << 19);
+  const std::vector<int32_t> ids = tokenizer->Encode(text);
+  std::vector<int32_t> by_line;
+  for (size_t begin = 0; begin < text.size();) {
+    // Lines that begin with their break, as parts do.
+    const size_t end = std::min(text.find('\n', begin + 1), text.size());
+    for (const int32_t id : tokenizer->Encode(std::string_view(text).substr(begin, end - begin)))
+      by_line.push_back(id);
+    begin = end;
+  }
+  EXPECT_EQ(ids, by_line);
+  EXPECT_EQ(tokenizer->Decode(ids), text);
+}
+
+TEST_F(SentencePiece, TrainsTheSameModelAgain) {
+  const std::string again = TrainSentencePiece(
+      {.input = *dir_ / "prose.txt", .vocab_size = 320, .output_prefix = *dir_ / "n"});
+  EXPECT_EQ(ReadAll(again), ReadAll(model_));
+}
+
+TEST_F(SentencePiece, ThinsALargeCorpusEvenly) {
+  const std::string path = TrainSentencePiece({.input = *dir_ / "prose.txt",
+                                               .vocab_size = 300,
+                                               .output_prefix = *dir_ / "thin",
+                                               .sample_bytes = 8000});
+  const auto tokenizer = MakeTokenizer(path);
+  EXPECT_EQ(tokenizer->vocab_size(), 300);
+  EXPECT_EQ(tokenizer->Decode(tokenizer->Encode("the daughter.\n")), "the daughter.\n");
+}
+
+TEST_F(SentencePiece, TrainsOnOneLineOfAnyLength) {
+  TempDir dir;
+  std::string text = Prose(300);
+  for (char& c : text)
+    if (c == '\n') c = ' ';
+  const std::string path = TrainSentencePiece(
+      {.input = dir.Write("line.txt", text), .vocab_size = 300, .output_prefix = dir / "line"});
+  EXPECT_EQ(MakeTokenizer(path)->vocab_size(), 300);
+}
+
+TEST_F(SentencePiece, BadModelsAndRequestsSayWhatIsWrong) {
+  TempDir dir;
+  ExpectDataError({"none.model", "does not exist", "\"bytes\""},
+                  [&] { MakeTokenizer(dir / "none.model"); });
+  ExpectDataError({"empty.model", "the file is empty"},
+                  [&] { MakeTokenizer(dir.Write("empty.model", "")); });
+  ExpectDataError({"garbage.model", "no SentencePiece model"},
+                  [&] { MakeTokenizer(dir.Write("garbage.model", "this is not a model")); });
+  const std::string whole = ReadAll(model_);
+  for (const size_t size : {size_t{1}, whole.size() / 2, whole.size() - 1})
+    ExpectDataError({"cut.model", "no SentencePiece model"},
+                    [&] { MakeTokenizer(dir.Write("cut.model", whole.substr(0, size))); });
+  ExpectDataError({"not a regular file"}, [&] { MakeTokenizer(dir.path()); });
+
+  const std::string text = dir.Write("small.txt", "one two three\n");
+  ExpectDataError({"cannot train 5000 pieces", "small.txt"}, [&] {
+    TrainSentencePiece({.input = text, .vocab_size = 5000, .output_prefix = dir / "t"});
+  });
+  ExpectDataError({"a vocabulary of 259 is too small"}, [&] {
+    TrainSentencePiece({.input = text, .vocab_size = 259, .output_prefix = dir / "t"});
+  });
+  EXPECT_FALSE(std::filesystem::exists(dir / "t.model"));
+}
+
+}  // namespace
+}  // namespace shoal
