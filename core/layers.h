@@ -1,0 +1,92 @@
+// The leaves that models are made of, and the slots that parallelisms fill. Transforms replace
+// these by path; models hold them through their interface only.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/module.h"
+#include "core/sequence_info.h"
+
+namespace shoal {
+
+// y [.., O] = x [.., I] weight [O, I]^T + bias [O].
+class Linear : public UnaryModule {
+ public:
+  // `out_axis` and `in_axis` are the weight's logical axes; the bias has the first.
+  Linear(int64_t in, int64_t out, const std::string& in_axis, const std::string& out_axis,
+         bool with_bias, InitSpec init);
+
+  const std::shared_ptr<Parameter>& weight() const { return weight_; }
+  const std::shared_ptr<Parameter>& bias() const { return bias_; }  // null without
+
+ protected:
+  Tensor Forward(const Tensor& x) override;
+
+ private:
+  std::shared_ptr<Parameter> weight_, bias_;
+};
+
+// ids i32 [..] -> [.., D], from weight [V, D].
+class Embedding : public Module {
+ public:
+  Embedding(int64_t rows, int64_t width, const std::string& row_axis, InitSpec init);
+  virtual Tensor Forward(const Tensor& ids);
+  const std::shared_ptr<Parameter>& weight() const { return weight_; }
+
+ private:
+  std::shared_ptr<Parameter> weight_;
+};
+
+class RmsNorm : public UnaryModule {
+ public:
+  RmsNorm(int64_t width, double eps);
+
+ protected:
+  Tensor Forward(const Tensor& x) override;
+
+ private:
+  std::shared_ptr<Parameter> weight_;
+  double eps_;
+};
+
+class LayerNorm : public UnaryModule {
+ public:
+  LayerNorm(int64_t width, double eps);
+
+ protected:
+  Tensor Forward(const Tensor& x) override;
+
+ private:
+  std::shared_ptr<Parameter> weight_, bias_;
+  double eps_;
+};
+
+// Its mask is a function of (seed, site, token number, column); `site` tells dropouts apart.
+class Dropout : public Module {
+ public:
+  Dropout(double p, const std::string& site);
+  Tensor Forward(const Tensor& x, const SequenceInfo& info);
+
+ private:
+  double p_;
+  uint64_t stream_;
+};
+
+// Slot: softmax(q k^T) v. Sequence parallelism replaces it.
+class InnerAttention : public Module {
+ public:
+  // q [B, T, N, H]; k, v [B, S, K, H] with S >= T: the last T keys are those of the queries.
+  virtual Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                         const SequenceInfo& info);
+};
+
+// Slot: the head's logits and their cross-entropy. Vocabulary parallelism replaces it.
+class LmLoss : public Module {
+ public:
+  // x [.., D], weight [V, D], labels i32 [..] -> f64 [1]; see ops::LinearCrossEntropy.
+  virtual Tensor Forward(const Tensor& x, const Parameter& weight, const Tensor& labels,
+                         double normalizer);
+};
+
+}  // namespace shoal

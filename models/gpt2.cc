@@ -1,0 +1,36 @@
+#include "models/gpt2.h"
+
+#include "core/ops.h"
+
+namespace shoal {
+namespace {
+
+std::vector<std::shared_ptr<Block>> Blocks(const ModelConfig& config) {
+  std::vector<std::shared_ptr<Block>> blocks;
+  for (int i = 0; i < config.layers; ++i) {
+    const auto norm = [&] { return std::make_shared<LayerNorm>(config.d_model, config.norm_eps); };
+    auto attention =
+        std::make_shared<Attention>(config, i, Attention::Options{.bias = true, .rope = false});
+    blocks.push_back(std::make_shared<Block>(config, i, norm(), std::move(attention), norm(),
+                                             std::make_shared<GeluMlp>(config)));
+  }
+  return blocks;
+}
+
+}  // namespace
+
+Gpt2::Gpt2(const ModelConfig& config)
+    : LanguageModel(config, Blocks(config),
+                    std::make_shared<LayerNorm>(config.d_model, config.norm_eps)) {
+  AddChild(
+      "position", position_,
+      std::make_shared<Embedding>(config.context, config.d_model, "position", InitialWeights()));
+  AddChild("embed_dropout", embed_dropout_, std::make_shared<Dropout>(config.dropout, "embed"));
+}
+
+Tensor Gpt2::Embed(const Tensor& tokens, const SequenceInfo& info) {
+  const Tensor x = ops::Add(LanguageModel::Embed(tokens, info), position_->Forward(info.positions));
+  return embed_dropout_->Forward(x, info);
+}
+
+}  // namespace shoal

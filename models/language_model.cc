@@ -1,0 +1,53 @@
+#include "models/language_model.h"
+
+#include "core/ops.h"
+
+namespace shoal {
+
+BlockList::BlockList(std::vector<std::shared_ptr<Block>> blocks) : blocks_(blocks.size()) {
+  for (size_t i = 0; i < blocks.size(); ++i)
+    AddChild(std::to_string(i), blocks_[i], std::move(blocks[i]));
+}
+
+LanguageModel::LanguageModel(const ModelConfig& config, std::vector<std::shared_ptr<Block>> blocks,
+                             std::shared_ptr<UnaryModule> norm)
+    : config_(config) {
+  AddChild("embed", embed_,
+           std::make_shared<Embedding>(config.vocab, config.d_model, "vocab", InitialWeights()));
+  AddChild("blocks", blocks_, std::make_shared<BlockList>(std::move(blocks)));
+  AddChild("norm", norm_, std::move(norm));
+  if (!config.tied) {
+    AddChild("head", head_,
+             std::make_shared<Embedding>(config.vocab, config.d_model, "vocab", InitialWeights()));
+  }
+  AddChild("loss", loss_, std::make_shared<LmLoss>());
+}
+
+Tensor LanguageModel::Embed(const Tensor& tokens, const SequenceInfo&) {
+  return embed_->Forward(tokens);
+}
+
+Tensor LanguageModel::Hidden(const Tensor& tokens, const SequenceInfo& info) {
+  Tensor x = Embed(tokens, info);
+  for (const auto& block : blocks()) x = (*block)(x, info);
+  return (*norm_)(x);
+}
+
+Tensor LanguageModel::Logits(const Tensor& hidden) {
+  return ops::Linear(hidden, head_weight().Use());
+}
+
+Tensor LanguageModel::Loss(const Tensor& hidden, const Tensor& labels, double normalizer) {
+  return loss_->Forward(hidden, head_weight(), labels, normalizer);
+}
+
+KvCache LanguageModel::MakeCache(int64_t batch, int64_t capacity, DType dtype) const {
+  KvCache cache;
+  const Dims shape = {batch, capacity, config_.kv_heads, config_.head_dim};
+  for (int64_t i = 0; i < config_.layers; ++i) {
+    cache.layers.push_back({Tensor::Empty(shape, dtype), Tensor::Empty(shape, dtype)});
+  }
+  return cache;
+}
+
+}  // namespace shoal
