@@ -1,0 +1,101 @@
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "launch/config_schema.h"
+
+namespace shoal {
+namespace {
+
+std::string Quote(const std::string& text) {
+  std::string out = "\"";
+  for (const unsigned char c : text) {
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += static_cast<char>(c);
+    } else if (c < 0x20 || c == 0x7f) {
+      out += fmt::format("\\u{:04X}", c);
+    } else {
+      out += static_cast<char>(c);
+    }
+  }
+  return out + "\"";
+}
+
+// The shortest digits that read back to the same double.
+std::string Float(double value) {
+  std::string text = fmt::format("{}", value);
+  if (text.find_first_of(".en") == std::string::npos) text += ".0";
+  return text;
+}
+
+std::string Bytes(int64_t bytes) {
+  const char* const units[] = {"GiB", "MiB", "KiB"};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t unit = int64_t{1} << (30 - 10 * i);
+    if (bytes % unit == 0) return fmt::format("\"{}{}\"", bytes / unit, units[i]);
+  }
+  return fmt::format("{}", bytes);
+}
+
+// A value as TOML; empty if it has none.
+struct ValueText {
+  const ConfigKey& key;
+
+  std::string operator()(const std::string* v) const { return Quote(*v); }
+  std::string operator()(const int64_t* v) const {
+    return key.bytes ? Bytes(*v) : fmt::format("{}", *v);
+  }
+  std::string operator()(const double* v) const { return Float(*v); }
+  std::string operator()(const bool* v) const { return *v ? "true" : "false"; }
+  std::string operator()(const std::array<double, 2>* v) const {
+    return fmt::format("[{}, {}]", Float((*v)[0]), Float((*v)[1]));
+  }
+  template <class T>
+  std::string operator()(const std::optional<T>* v) const {
+    return *v ? (*this)(&**v) : "";
+  }
+};
+
+}  // namespace
+
+std::string WriteConfig(const Config& config) {
+  Config copy = config;  // the table's fields are mutable
+  std::string text = "# The resolved configuration of a run: every key, as given or by default.\n";
+  std::string section;
+  for (const ConfigKey& key : ConfigSchema()) {
+    if (section != key.section) {
+      section = key.section;
+      text += fmt::format("\n[{}]\n", section);
+    }
+    const std::string value = std::visit(ValueText{key}, key.field(copy));
+    if (value.empty())
+      text += fmt::format("{:<32} # {}; left out: {}\n", fmt::format("# {} =", key.name), key.help,
+                          key.left_out);
+    else
+      text += fmt::format("{:<32} # {}\n", fmt::format("{} = {}", key.name, value), key.help);
+  }
+  return text;
+}
+
+std::string ConfigHelp() {
+  Config defaults;
+  std::string text;
+  std::string section;
+  for (const ConfigKey& key : ConfigSchema()) {
+    if (section != key.section) {
+      section = key.section;
+      text += fmt::format("{}[{}]\n", text.empty() ? "" : "\n", section);
+    }
+    std::string otherwise = "required";
+    if (key.left_out)
+      otherwise = fmt::format("left out: {}", key.left_out);
+    else if (!key.required)
+      otherwise = "default " + std::visit(ValueText{key}, key.field(defaults));
+    text += fmt::format("  {:<20} {}\n  {:<20}   {}; {}\n", key.name, key.help, "", Allowed(key),
+                        otherwise);
+  }
+  return text;
+}
+
+}  // namespace shoal

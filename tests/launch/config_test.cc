@@ -1,0 +1,548 @@
+#include "launch/config.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+
+#include "core/base/error.h"
+#include "launch/config_schema.h"
+#include "models/presets.h"
+
+namespace shoal {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr const char* kMinimal = R"([run]
+dir = "r"
+steps = 10
+[model]
+preset = "llama-60m"
+[data]
+path = "/corpus"
+sequence_length = 256
+[batch]
+sequences = 8
+[optim]
+name = "adamw"
+lr = 1e-3
+)";
+
+Config Minimal(const std::vector<std::string>& overrides = {}) {
+  return ParseConfig(kMinimal, "c.toml", overrides);
+}
+
+// The message of the Error(kConfig) that `f` throws; empty if it throws none.
+template <class F>
+std::string Mistake(F&& f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kConfig) << e.what();
+    return e.message();
+  }
+  return "";
+}
+
+std::string MistakeIn(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  return Mistake([&] { ParseConfig(text, "c.toml", overrides); });
+}
+
+std::string MistakeOf(const std::string& override_text) {
+  return Mistake([&] { Minimal({override_text}); });
+}
+
+TEST(Config, DefaultsAreThoseOfTheContract) {
+  const Config c = Minimal();
+  EXPECT_EQ(c.zero.stage, 0);
+  EXPECT_EQ(c.pipeline.schedule, "1f1b");
+  EXPECT_EQ(c.sequence.schedule, "auto");
+  EXPECT_EQ(c.run.validate_every, 0);
+  EXPECT_EQ(c.checkpoint.every, 0);
+  EXPECT_EQ(c.checkpoint.staging, 64 << 20);
+  EXPECT_EQ(c.mesh.dp, std::nullopt);
+  EXPECT_EQ(c.mesh.tp, 1);
+  EXPECT_EQ(c.batch.micro, std::nullopt);
+  EXPECT_EQ(c.data.tokenizer, "bytes");
+  EXPECT_EQ(ModelShape(c), [] {
+    ModelConfig shape = *FindPreset("llama-60m");
+    shape.context = 2048;
+    return shape;
+  }());
+}
+
+TEST(Config, ShippedConfigsRead) {
+  int found = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(SHOAL_SOURCE_DIR "/examples")) {
+    if (entry.path().extension() != ".toml") continue;
+    ++found;
+    const Config config = LoadConfig(entry.path());
+    EXPECT_EQ(ParseConfig(WriteConfig(config), "resolved"), config) << WriteConfig(config);
+  }
+  EXPECT_GE(found, 2);
+}
+
+TEST(Config, AnyOrderOfOverrides) {
+  const Config c = Minimal({"optim.lr=0.25", "run.dir=/tmp/some where", "optim.betas=[0, 0.5]",
+                            "run.steps = 7", "memory.budget=6GiB", "checkpoint.async=true",
+                            "data.documents=\"separate\"", "mesh.dp=2", "optim.eps=1"});
+  EXPECT_EQ(c.optim.lr, 0.25);
+  EXPECT_EQ(c.run.dir, "/tmp/some where");
+  EXPECT_EQ(c.optim.betas, (std::array<double, 2>{0, 0.5}));
+  EXPECT_EQ(c.run.steps, 7);
+  EXPECT_EQ(c.memory.budget, int64_t{6} << 30);
+  EXPECT_TRUE(c.checkpoint.async);
+  EXPECT_EQ(c.data.documents, "separate");
+  EXPECT_EQ(c.mesh.dp, 2);
+  EXPECT_EQ(c.optim.eps, 1.0);
+}
+
+TEST(Config, OverrideIsTomlOrElseABareString) {
+  EXPECT_EQ(Minimal({"run.dir=a#b"}).run.dir, "a#b");
+  EXPECT_EQ(Minimal({"run.dir=5#b"}).run.dir, "5#b");
+  EXPECT_EQ(Minimal({"run.dir=1\nw = 2"}).run.dir, "1\nw = 2");
+  EXPECT_EQ(Minimal({"run.dir='single'"}).run.dir, "single");
+  EXPECT_EQ(Minimal({"run.dir=a=b"}).run.dir, "a=b");
+  EXPECT_EQ(Minimal({"run.dir=\"2024\""}).run.dir, "2024");
+  EXPECT_EQ(Minimal({"run.dir=\"h\u00e9\""}).run.dir, "h\u00e9");
+  EXPECT_EQ(Minimal({"run.steps= 12 "}).run.steps, 12);
+  EXPECT_THAT(MistakeOf("run.dir=2024"), HasSubstr("Quote it twice"));
+  EXPECT_THAT(MistakeOf("run.dir="), HasSubstr("run.dir is empty"));
+  EXPECT_THAT(MistakeOf("run.steps="), HasSubstr("run.steps is a string"));
+}
+
+TEST(Config, OverrideErrorsNameTheOverride) {
+  EXPECT_THAT(MistakeOf("optim.lrr=1"), HasSubstr("command line, optim.lrr=1: unknown key"));
+  EXPECT_THAT(MistakeOf("optim.lrr=1"), HasSubstr("Did you mean optim.lr "));
+  EXPECT_THAT(MistakeOf("optm.lr=1"), HasSubstr("Did you mean optim.lr "));
+  EXPECT_THAT(MistakeOf("lr=1"), HasSubstr("Did you mean optim.lr "));
+  EXPECT_THAT(MistakeOf("optim=1"), HasSubstr("unknown key optim"));
+  EXPECT_THAT(MistakeOf("run.lr=1"), HasSubstr("Did you mean optim.lr "));
+  EXPECT_THAT(MistakeOf("run.steps=ten"), HasSubstr("run.steps is a string"));
+  EXPECT_THAT(Mistake([] { Minimal({"run.steps=1", "run.steps=2"}); }), HasSubstr("twice"));
+  EXPECT_THAT(MistakeOf("nonsense"), HasSubstr("section.key=value"));
+}
+
+TEST(Config, IsOverride) {
+  EXPECT_TRUE(IsOverride("a.b=v"));
+  EXPECT_TRUE(IsOverride("lr=1"));
+  EXPECT_FALSE(IsOverride("config.toml"));
+  EXPECT_FALSE(IsOverride("dir/a=b.toml"));
+  EXPECT_FALSE(IsOverride("=x"));
+}
+
+TEST(Config, ErrorsSayWhere) {
+  const std::string text = "[run]\ndir = \"r\"\n  stpes = 10\n";
+  EXPECT_THAT(MistakeIn(text), HasSubstr("c.toml:3:3: unknown key run.stpes. Did you mean "
+                                         "run.steps (optimizer steps: an integer, 1 or more)?"));
+  EXPECT_THAT(MistakeIn("[run]\nsteps = \"x\"\n"),
+              HasSubstr("c.toml:2:9: run.steps is a string, but takes an integer, 1 or more"));
+  EXPECT_THAT(MistakeIn("[rum]\n"),
+              HasSubstr("c.toml:1:2: unknown section [rum]. Did you mean [run]?"));
+  EXPECT_THAT(MistakeIn("steps = 5\n"), HasSubstr("Did you mean run.steps"));
+  EXPECT_THAT(MistakeIn("run = 5\n"), HasSubstr("takes a section [run]"));
+  EXPECT_THAT(MistakeIn("[[run]]\nsteps = 5\n"), HasSubstr("takes a section [run]"));
+  EXPECT_THAT(MistakeIn("[run.steps]\na = 5\n"), HasSubstr("run.steps is a table"));
+  EXPECT_THAT(MistakeIn("[run]\nsteps = \n"), HasSubstr("c.toml:2:"));
+  EXPECT_THAT(MistakeIn("[run]\nsteps = 1\nsteps = 2\n"), HasSubstr("c.toml:3:"));
+  EXPECT_THAT(MistakeIn("[run]\nsteps = 1\n[run]\nseed = 2\n"), HasSubstr("c.toml:3:"));
+  EXPECT_THAT(MistakeIn("[run]\nsteps = 1e3\n"), HasSubstr("Write 1000 without"));
+  EXPECT_THAT(MistakeIn(std::string("\xff\xfe\x00garbage", 10)), HasSubstr("c.toml:1:1"));
+}
+
+TEST(Config, AllMistakesAreListedAtOnce) {
+  const std::string mistakes = MistakeIn("[run]\nstpes = 1\ndri = 2\n[optim]\nlr = true\n");
+  EXPECT_THAT(mistakes, HasSubstr("c.toml:2:1"));
+  EXPECT_THAT(mistakes, HasSubstr("c.toml:3:1"));
+  EXPECT_THAT(mistakes, HasSubstr("c.toml:5:6"));
+}
+
+TEST(Config, RequiredKeys) {
+  EXPECT_THAT(MistakeIn(""), HasSubstr("run.dir is required"));
+  for (const ConfigKey& key : ConfigSchema()) {
+    if (!key.required) continue;
+    std::string text = kMinimal;
+    size_t line = text.find(std::string("[") + key.section);
+    line = text.find(std::string("\n") + key.name + " =", line) + 1;
+    text.erase(line, text.find('\n', line) - line);
+    EXPECT_THAT(MistakeIn(text), HasSubstr(key.path() + " is required"));
+  }
+  EXPECT_THAT(MistakeIn(kMinimal + std::string("[model]\n")), HasSubstr("c.toml:"));
+}
+
+TEST(Config, ExactlyOneModel) {
+  std::string text = kMinimal;
+  const std::string preset = "preset = \"llama-60m\"";
+  const auto with = [&](const std::string& model) {
+    return std::string(text).replace(text.find(preset), preset.size(), model);
+  };
+  EXPECT_THAT(MistakeIn(with("")), HasSubstr("a model is required"));
+  EXPECT_THAT(MistakeIn(with(preset + "\nfamily = \"llama\"")), HasSubstr("exclude each other"));
+  EXPECT_THAT(MistakeIn(with(preset + "\nfrom = \"dir\"")), HasSubstr("exclude each other"));
+  EXPECT_EQ(MistakeIn(with("from = \"dir\"")), "");
+  EXPECT_EQ(MistakeIn(with("family = \"gpt2\"")), "");
+}
+
+TEST(Config, WrongTypes) {
+  // A value of every TOML type for every key: it is taken or it is a mistake that names the key.
+  const std::vector<std::string> values = {"\"text\"",
+                                           "3",
+                                           "0.5",
+                                           "true",
+                                           "[1, 2]",
+                                           "{a = 1}",
+                                           "[]",
+                                           "2024-01-01",
+                                           "nan",
+                                           "-1",
+                                           "[true, 2]",
+                                           "1e400",
+                                           "9223372036854775807"};
+  for (const ConfigKey& key : ConfigSchema()) {
+    int taken = 0;
+    for (const std::string& value : values) {
+      const std::string mistake = MistakeOf(key.path() + "=" + value);
+      taken += mistake.empty();
+      if (!mistake.empty()) {
+        EXPECT_THAT(mistake, HasSubstr(key.name)) << key.path() << "=" << value;
+      }
+    }
+    EXPECT_LT(taken, 6) << key.path();
+  }
+}
+
+TEST(Config, EveryRange) {
+  const auto text = [](double v, bool integer) {
+    return integer ? fmt::format("{}", static_cast<int64_t>(v)) : fmt::format("{}", v);
+  };
+  int checked = 0;
+  for (const ConfigKey& key : ConfigSchema()) {
+    if (key.high == 0 && key.low == 0) continue;
+    Config any;
+    const ConfigField field = key.field(any);
+    const bool integer = std::holds_alternative<int64_t*>(field) ||
+                         std::holds_alternative<std::optional<int64_t>*>(field);
+    const bool pair = std::holds_alternative<std::array<double, 2>*>(field);
+    const auto mistake = [&](double v) {
+      std::string value = text(v, integer);
+      if (pair) value = fmt::format("[{}, 0.5]", value);
+      return MistakeOf(key.path() + "=" + value);
+    };
+    const auto refused = [&](double v) {
+      EXPECT_THAT(mistake(v), HasSubstr("out of range")) << key.path() << " " << v;
+    };
+    const double less = integer ? 1 : 1e-6, more = integer ? 1 : key.high * 1e-9;
+    EXPECT_THAT(mistake(key.low), Not(HasSubstr("out of range"))) << key.path();
+    refused(key.low - less);
+    EXPECT_THAT(mistake(key.below ? key.high - more : key.high), Not(HasSubstr("out of range")))
+        << key.path();
+    refused(key.below ? key.high : key.high + more);
+    if (!integer) {
+      refused(std::numeric_limits<double>::infinity());
+      refused(std::nan(""));
+    }
+    ++checked;
+  }
+  EXPECT_GT(checked, 35);
+}
+
+TEST(Config, Choices) {
+  EXPECT_THAT(MistakeOf("optim.name=adam"), HasSubstr("Did you mean \"adamw\"?"));
+  EXPECT_THAT(MistakeOf("model.preset=llama-60"), HasSubstr("Did you mean \"llama-60m\"?"));
+  EXPECT_THAT(MistakeOf("precision.compute=fp16"),
+              HasSubstr("one of \"fp32\", \"bf16\", \"fp64\""));
+  EXPECT_EQ(Minimal({"data.tokenizer=/x.model"}).data.tokenizer, "/x.model");
+  EXPECT_THAT(MistakeOf("data.tokenizer=byte"), HasSubstr("Did you mean \"bytes\"?"));
+  EXPECT_EQ(Minimal({"pipeline.schedule=mine.csv"}).pipeline.schedule, "mine.csv");
+  EXPECT_EQ(MistakeOf("optim.warmup_steps=1000"), "");
+}
+
+TEST(Config, Bytes) {
+  const auto budget = [](const std::string& text) {
+    return Minimal({"memory.budget=" + text}).memory.budget;
+  };
+  EXPECT_EQ(budget("123"), 123);
+  EXPECT_EQ(budget("\"123\""), 123);
+  EXPECT_EQ(budget("64MiB"), 64 << 20);
+  EXPECT_EQ(budget("1.5 GiB"), int64_t{3} << 29);
+  EXPECT_EQ(budget("2GB"), 2000000000);
+  EXPECT_EQ(budget("10KiB"), 10240);
+  for (const char* bad : {"GiB", "6GiBs", "-6GiB", "0", "1.2.3MiB", "1e3", "6 G iB", "0.1B", "1e99",
+                          "99999999TiB", ".", "\" 5\"", "inf"})
+    EXPECT_THAT(MistakeOf(std::string("memory.budget=") + bad), HasSubstr("memory.budget")) << bad;
+}
+
+TEST(Config, ResolvedConfigReadsBackEqual) {
+  Config c =
+      Minimal({"run.dir=a \"b\" \\ \t", "mesh.dp=3", "batch.micro=2", "memory.budget=1234567",
+               "run.validate_sequences=5", "checkpoint.async=true"});
+  for (const double lr : {0.1, 1.0 / 3.0, 5e-324, 1e-8, 123456789.123456789, 1e14, 0.0}) {
+    c.optim.lr = lr;
+    c.optim.betas = {lr < 1 ? lr : 0.5, 0.999999999999};
+    EXPECT_EQ(ParseConfig(WriteConfig(c), "resolved"), c) << WriteConfig(c);
+  }
+  c.run.dir = "\x01\x1f\x7f caf\u00e9 '''\"\"\"\n";
+  EXPECT_EQ(ParseConfig(WriteConfig(c), "resolved"), c);
+}
+
+TEST(Config, EveryKeyIsWrittenAndHelped) {
+  const std::string help = ConfigHelp(), text = WriteConfig(Minimal());
+  for (const ConfigKey& key : ConfigSchema()) {
+    EXPECT_THAT(help, HasSubstr(std::string("  ") + key.name + " "));
+    EXPECT_THAT(text, HasSubstr(std::string(key.name) + " ="));
+  }
+}
+
+TEST(Config, MissingFile) {
+  EXPECT_THAT(Mistake([] { LoadConfig("/nonexistent/c.toml"); }), HasSubstr("No such file"));
+  EXPECT_THAT(Mistake([] { LoadConfig("/tmp"); }), HasSubstr("is a directory"));
+  EXPECT_THAT(Mistake([] { LoadConfig("/dev/null"); }), HasSubstr("run.dir is required"));
+}
+
+// --- every key of every shipped config, mutated
+
+using Edits = std::vector<std::string>;
+
+Edits OneEdit(const std::string& word) {
+  static const std::string letters = "abcdefghijklmnopqrstuvwxyz_1";
+  Edits out;
+  for (size_t i = 0; i <= word.size(); ++i) {
+    for (const char c : letters) {
+      out.push_back(std::string(word).insert(i, 1, c));
+      if (i < word.size() && word[i] != c) {
+        std::string changed = word;
+        changed[i] = c;
+        out.push_back(changed);
+      }
+    }
+    if (i < word.size()) out.push_back(std::string(word).erase(i, 1));
+    if (i + 1 < word.size() && word[i] != word[i + 1]) {
+      std::string swapped = word;
+      std::swap(swapped[i], swapped[i + 1]);
+      out.push_back(swapped);
+    }
+  }
+  return out;
+}
+
+bool IsKey(const std::string& section, const std::string& name) {
+  for (const ConfigKey& key : ConfigSchema())
+    if (section == key.section && name == key.name) return true;
+  return false;
+}
+
+struct Tally {
+  int mutants = 0, right = 0;
+};
+
+// Puts `mutant` in the place of the word at `begin` and checks the error.
+void Check(const std::string& text, size_t begin, const std::string& word,
+           const std::string& section, const std::string& mutant, Tally* tally) {
+  std::string mutated = std::string(text).replace(begin, word.size(), mutant);
+  const std::string mistake = MistakeIn(mutated);
+  ++tally->mutants;
+  ASSERT_NE(mistake, "") << section << "." << word << " -> " << mutant;
+  const std::string meant = section.empty() ? "Did you mean [" + word + "]"
+                                            : "Did you mean " + section + "." + word + " ";
+  tally->right += mistake.find(meant) != std::string::npos;
+}
+
+TEST(Config, MistypedKeysAreCaughtAndExplained) {
+  Tally one, two, sections;
+  for (const auto& entry : std::filesystem::directory_iterator(SHOAL_SOURCE_DIR "/examples")) {
+    if (entry.path().extension() != ".toml") continue;
+    std::ifstream in(entry.path());
+    std::string text, line, section;
+    std::vector<std::array<std::string, 2>> words;  // section and word; an empty section: a header
+    std::vector<size_t> begins;
+    while (std::getline(in, line)) {
+      const size_t equals = line.find(" = ");
+      if (line.starts_with("[")) {
+        section = line.substr(1, line.find(']') - 1);
+        words.push_back({"", section});
+        begins.push_back(text.size() + 1);
+      } else if (!line.starts_with("#") && equals != std::string::npos) {
+        words.push_back({section, line.substr(0, equals)});
+        begins.push_back(text.size());
+      }
+      text += line + "\n";
+    }
+    for (size_t i = 0; i < words.size(); ++i) {
+      const auto& [section, word] = words[i];
+      for (const std::string& mutant : OneEdit(word)) {
+        if (section.empty()) {
+          Check(text, begins[i], word, section, mutant, &sections);
+        } else {
+          if (IsKey(section, mutant)) continue;  // another key: right by itself
+          Check(text, begins[i], word, section, mutant, &one);
+        }
+        if (HasFatalFailure()) return;
+      }
+      if (section.empty()) continue;
+      // Some of all words at two edits.
+      int64_t n = 0;
+      for (const std::string& first : OneEdit(word))
+        for (const std::string& second : OneEdit(first)) {
+          if (++n % 997 != 0 || second == word || IsKey(section, second)) continue;
+          Check(text, begins[i], word, section, second, &two);
+          if (HasFatalFailure()) return;
+        }
+    }
+  }
+  const auto percent = [](const Tally& t) { return 100.0 * t.right / t.mutants; };
+  fmt::print(
+      "suggested rightly: {:.2f} % of {} keys with one edit, {:.2f} % of {} with two, "
+      "{:.2f} % of {} sections with one\n",
+      percent(one), one.mutants, percent(two), two.mutants, percent(sections), sections.mutants);
+  EXPECT_GT(one.mutants, 5000);
+  EXPECT_GE(percent(one), 95);
+  EXPECT_GE(percent(two), 95);
+  EXPECT_GE(percent(sections), 95);
+}
+
+// --- what follows from several keys
+
+TEST(ConfigBatch, DealsSequencesOntoRanks) {
+  Config c = Minimal({"batch.sequences=24", "batch.micro=2"});
+  const BatchPlan plan = CheckBatch(c, 3);
+  EXPECT_EQ(plan.dp, 3);
+  EXPECT_EQ(plan.per_replica, 8);
+  EXPECT_EQ(plan.micro, 2);
+  EXPECT_EQ(plan.micro_batches, 4);
+  EXPECT_EQ(CheckBatch(Minimal(), 1).micro, 8);
+  c.mesh.tp = 2;
+  EXPECT_EQ(CheckBatch(c, 6).dp, 3);
+}
+
+TEST(ConfigBatch, SaysWhatWouldDo) {
+  const auto batch = [](int64_t ranks, const std::vector<std::string>& overrides) {
+    return Mistake([&] { CheckBatch(Minimal(overrides), ranks); });
+  };
+  EXPECT_THAT(batch(3, {}), HasSubstr("batch.sequences 8 is not divisible by 3"));
+  EXPECT_THAT(batch(3, {}), HasSubstr("set it to 6 or 9"));
+  EXPECT_THAT(batch(9, {}), HasSubstr("more ranks than sequences"));
+  EXPECT_THAT(batch(9, {}), HasSubstr("at most 8 ranks, or set batch.sequences to 9"));
+  EXPECT_THAT(batch(2, {"batch.micro=3"}), HasSubstr("set batch.micro to 2 or 4"));
+  EXPECT_THAT(batch(2, {"batch.micro=5"}),
+              HasSubstr("set batch.micro to 4, or batch.sequences to 10"));
+  EXPECT_THAT(batch(2, {"mesh.dp=3"}), HasSubstr("makes 3 ranks, but there are 2"));
+  EXPECT_THAT(batch(3, {"mesh.tp=2"}), HasSubstr("start 2 or 4 ranks"));
+  EXPECT_THAT(batch(1, {"mesh.tp=2"}), HasSubstr("start 2 ranks"));
+}
+
+TEST(ConfigBatch, EveryAdviceWorks) {
+  for (int64_t sequences = 1; sequences <= 13; ++sequences)
+    for (int64_t micro = 1; micro <= 9; ++micro)
+      for (int64_t ranks = 1; ranks <= 7; ++ranks) {
+        Config c = Minimal();
+        c.batch.sequences = sequences;
+        c.batch.micro = micro;
+        const std::string mistake = Mistake([&] { CheckBatch(c, ranks); });
+        if (mistake.empty()) {
+          const BatchPlan plan = CheckBatch(c, ranks);
+          EXPECT_EQ(plan.dp * plan.micro * plan.micro_batches, sequences);
+          continue;
+        }
+        // The last number of the advice makes the next try one mistake better.
+        std::string left = mistake;
+        for (int tries = 0; tries < 2 && !left.empty(); ++tries) {
+          const size_t advice = left.rfind(" to ");
+          ASSERT_NE(advice, std::string::npos) << left;
+          c.batch.sequences = std::stoll(left.substr(advice + 4));
+          left = Mistake([&] { CheckBatch(c, ranks); });
+        }
+        EXPECT_EQ(left, "") << mistake;
+      }
+}
+
+TEST(ConfigModel, FamilyDefaultsFollowFromWhatIsGiven) {
+  std::string text = kMinimal;
+  text.replace(text.find("preset = \"llama-60m\""), 20, "family = \"llama\"   ");
+  Config c = ParseConfig(text, "c.toml", {"model.d_model=512"});
+  EXPECT_THAT(Mistake([&] { ModelShape(c); }), HasSubstr("model.vocab is not known"));
+  ResolveModel(&c, 257);
+  const ModelConfig shape = ModelShape(c);
+  EXPECT_EQ(shape.vocab, 257);
+  EXPECT_EQ(shape.heads, 8);
+  EXPECT_EQ(shape.kv_heads, 8);
+  EXPECT_EQ(shape.mlp, 1376);  // as LLaMA 60M
+  EXPECT_EQ(shape.context, 256);
+  EXPECT_FALSE(shape.tied);
+  text.replace(text.find("\"llama\""), 7, "\"gpt2\" ");
+  c = ParseConfig(text, "c.toml", {"model.d_model=65", "model.vocab=65"});
+  EXPECT_EQ(ModelShape(c).heads, 1);
+  EXPECT_EQ(ModelShape(c).mlp, 260);
+  EXPECT_TRUE(ModelShape(c).tied);
+}
+
+TEST(ConfigModel, PresetWithOtherSizes) {
+  const ModelConfig shape =
+      ModelShape(Minimal({"model.vocab=257", "model.heads=4", "model.layers=2"}));
+  EXPECT_EQ(shape.vocab, 257);
+  EXPECT_EQ(shape.layers, 2);
+  EXPECT_EQ(shape.heads, 4);
+  EXPECT_EQ(shape.kv_heads, 4);
+  EXPECT_EQ(shape.head_dim, 128);
+  EXPECT_EQ(shape.mlp, 1376);
+  const ModelConfig grouped = ModelShape(Minimal({"model.preset=llama-8b", "model.heads=16"}));
+  EXPECT_EQ(grouped.kv_heads, 8);
+}
+
+TEST(ConfigModel, SizesThatDoNotFit) {
+  EXPECT_THAT(MistakeOf("model.heads=3"), HasSubstr("set heads to 2 or 4"));
+  EXPECT_THAT(MistakeOf("model.kv_heads=3"), HasSubstr("kv_heads 3 does not divide heads 8"));
+  EXPECT_THAT(MistakeOf("model.head_dim=63"), HasSubstr("odd"));
+  EXPECT_THAT(Mistake([] {
+                Minimal({"model.preset=gpt2-124m", "model.kv_heads=6"});
+              }),
+              HasSubstr("gpt2 has as many"));
+  EXPECT_THAT(Mistake([] {
+                Minimal({"model.preset=gpt2-124m", "data.sequence_length=1025"});
+              }),
+              HasSubstr("set model.context to 1025"));
+  EXPECT_THAT(MistakeOf("model.context=255"), HasSubstr("longer than the model's context 255"));
+  EXPECT_EQ(ModelShape(Minimal({"data.sequence_length=4097"})).context, 4097);
+  EXPECT_THAT(Mistake([] {
+                Config c = Minimal({"model.vocab=256"});
+                ResolveModel(&c, 257);
+              }),
+              HasSubstr("set model.vocab to 257"));
+}
+
+TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
+  std::string text = kMinimal;
+  text.replace(text.find("preset = \"llama-60m\""), 20, "from = \"/weights\"   ");
+  Config c = ParseConfig(text, "c.toml", {"model.dropout=0.1", "model.context=512"});
+  EXPECT_THAT(Mistake([&] { ModelShape(c); }), HasSubstr("have not been read"));
+  ResolveModelFrom(&c, *FindPreset("gpt2-124m"));
+  const ModelConfig shape = ModelShape(c);
+  EXPECT_EQ(shape.family, "gpt2");
+  EXPECT_EQ(shape.layers, 12);
+  EXPECT_EQ(shape.dropout, 0.1);
+  EXPECT_EQ(shape.context, 512);
+  EXPECT_EQ(ParseConfig(WriteConfig(c), "resolved"), c);
+  Config wrong = ParseConfig(text, "c.toml", {"model.layers=3"});
+  EXPECT_THAT(Mistake([&] { ResolveModelFrom(&wrong, *FindPreset("gpt2-124m")); }),
+              HasSubstr("model.layers is 3 in the configuration, but 12 in the weights"));
+}
+
+TEST(ConfigSupported, NamesTheKey) {
+  EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
+  for (const char* text :
+       {"mesh.tp=2", "mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.stage=1", "zero.offload=host",
+        "memory.recompute=full", "memory.offload_activations=true", "method.name=lora",
+        "checkpoint.async=true"}) {
+    const Config c = Minimal({text});
+    const std::string key = std::string(text).substr(0, std::string(text).find('='));
+    EXPECT_THAT(Mistake([&] { CheckSupported(c); }), HasSubstr(key));
+  }
+}
+
+}  // namespace
+}  // namespace shoal
