@@ -39,7 +39,8 @@ struct DataConfig {
   std::string tokenizer = "bytes";
   int64_t sequence_length = 0;
   double validation_fraction = 0.0;
-  std::string documents = "joined";
+  bool documents = false;
+  bool binary = false;
   bool operator==(const DataConfig&) const = default;
 };
 

@@ -107,8 +107,8 @@ std::vector<ConfigKey> BuildSchema() {
           .OrFile(".model"),
       KEY(data, sequence_length, "tokens of a sequence").In(1, kSize).Required(),
       KEY(data, validation_fraction, "share of the corpus, its tail, that is held out").Below(0, 1),
-      KEY(data, documents, "separate: a token sees nothing of earlier documents of its sequence")
-          .OneOf({"joined", "separate"}),
+      KEY(data, documents, "true: a token sees nothing of other documents in its sequence"),
+      KEY(data, binary, "true: take any bytes for text"),
 
       KEY(batch, sequences, "per optimizer step, over all ranks").In(1, kSize).Required(),
       KEY(batch, micro, "sequences per data-parallel replica and pass")

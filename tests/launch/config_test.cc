@@ -91,14 +91,14 @@ TEST(Config, ShippedConfigsRead) {
 TEST(Config, AnyOrderOfOverrides) {
   const Config c = Minimal({"optim.lr=0.25", "run.dir=/tmp/some where", "optim.betas=[0, 0.5]",
                             "run.steps = 7", "memory.budget=6GiB", "checkpoint.async=true",
-                            "data.documents=\"separate\"", "mesh.dp=2", "optim.eps=1"});
+                            "data.documents=true", "mesh.dp=2", "optim.eps=1"});
   EXPECT_EQ(c.optim.lr, 0.25);
   EXPECT_EQ(c.run.dir, "/tmp/some where");
   EXPECT_EQ(c.optim.betas, (std::array<double, 2>{0, 0.5}));
   EXPECT_EQ(c.run.steps, 7);
   EXPECT_EQ(c.memory.budget, int64_t{6} << 30);
   EXPECT_TRUE(c.checkpoint.async);
-  EXPECT_EQ(c.data.documents, "separate");
+  EXPECT_TRUE(c.data.documents);
   EXPECT_EQ(c.mesh.dp, 2);
   EXPECT_EQ(c.optim.eps, 1.0);
 }
