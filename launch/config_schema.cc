@@ -119,7 +119,7 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(optim, lr, "highest learning rate").In(0, kNoLimit).Required(),
       KEY(optim, betas, "decay of AdamW's two moments").Below(0, 1),
       KEY(optim, eps, "AdamW's epsilon").In(0, 1),
-      KEY(optim, weight_decay, "decoupled weight decay").In(0, kNoLimit),
+      KEY(optim, weight_decay, "decoupled weight decay, of matrices").In(0, kNoLimit),
       KEY(optim, momentum, "of SGD").Below(0, 1),
       KEY(optim, clip, "largest global norm of the gradient; 0: no limit").In(0, kNoLimit),
       KEY(optim, schedule, "of the learning rate, after the warm-up")
