@@ -1,0 +1,57 @@
+// Saves and loads a run's state. A save is a directory
+//   step-00000042/{state.h5, manifest.json}
+// that is written under another name, flushed to the disk, and renamed when complete: a directory
+// with that name is whole, whenever the process or the machine stops. The manifest holds a digest
+// (XXH3-128) of every tensor, checked when it is loaded.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/state_dict.h"
+
+namespace shoal {
+
+// What a run needs besides tensors to go on: nothing else has state.
+struct SaveInfo {
+  int64_t step = 0;
+  int64_t tokens = 0;
+  std::string config;            // the resolved configuration, TOML
+  std::string data_fingerprint;  // of the corpus
+};
+
+struct SaveEntry {
+  std::string path;
+  int64_t step = 0;
+  int64_t bytes = 0;
+};
+
+// Writes `state` (whole tensors: one rank calls this) as `directory`/step-N and returns its path.
+// An older save of the same step is replaced. Error(kStorage) if it cannot; then no save has been
+// touched.
+std::string SaveState(const std::string& directory, const SaveInfo& info, const StateDict& state);
+
+// Complete saves in `directory`, newest first. Names decide; VerifySave looks inside.
+std::vector<SaveEntry> ListSaves(const std::string& directory);
+
+// The manifest's part of a save. Error(kStorage) if it is missing or damaged.
+SaveInfo ReadSaveInfo(const std::string& save);
+
+// Reads `state`'s tensors from `save`, converting dtypes, and checks the digests. Error(kStorage)
+// naming the file and the tensor if anything is missing or not as it was written; then some tensors
+// may have been overwritten.
+void LoadState(const std::string& save, const StateDict& state);
+
+// Every tensor of the save against its digest. Error(kStorage) as above.
+void VerifySave(const std::string& save);
+
+// Deletes the oldest saves until `keep` are left (at least one).
+void PruneSaves(const std::string& directory, int64_t keep);
+
+// Error(kStorage) if the file system of `directory` has less than `bytes` free.
+void CheckFreeSpace(const std::string& directory, int64_t bytes);
+// What a save of `state` takes, up to HDF5's own few kilobytes.
+int64_t SaveBytes(const StateDict& state);
+
+}  // namespace shoal
