@@ -20,6 +20,8 @@ class ExecutionContext {
   Device device() const { return stream_.device; }
   const Stream& stream() const { return stream_; }
   const std::shared_ptr<Allocator>& allocator() const { return allocator_; }
+  // Kernels of this context add their time to `profile` (may be null) from now on.
+  void set_profile(KernelProfile* profile) { stream_.profile = profile; }
   void Synchronize() const;  // waits until everything queued has run
 
   static ExecutionContext& Current();

@@ -24,6 +24,7 @@
   }                                                                                     \
   inline void F PARAMETERS {                                                            \
     if (stream.device.type == DeviceType::kMeta) return;                                \
+    const KernelTimer timer(stream.profile, #F);                                        \
     if constexpr (kHaveCuda) {                                                          \
       if (stream.device.type == DeviceType::kCuda) return cuda::F ARGUMENTS;            \
     }                                                                                   \

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/base/kernel_profile.h"
 #include "core/base/view.h"
 
 namespace shoal {
@@ -44,6 +45,9 @@ class Communicator {
   // transport shares or copies.
   int64_t wire_bytes(Traffic traffic) const { return wire_bytes_[static_cast<int>(traffic)]; }
 
+  // Collectives add their time to `profile` (may be null) from now on.
+  void set_profile(KernelProfile* profile) { profile_ = profile; }
+
   // Ends the other ranks' waiting: their calls throw PeerFailed (threads), or they are ended with
   // `exit_code` (processes).
   virtual void Abort(int exit_code) = 0;
@@ -56,6 +60,7 @@ class Communicator {
  private:
   double Scalar(double value, ReduceOp op);
   int64_t wire_bytes_[2] = {};
+  KernelProfile* profile_ = nullptr;
 };
 
 // What a rank's call throws when another rank has failed; the other's own error is the one to
@@ -63,6 +68,9 @@ class Communicator {
 struct PeerFailed {
   int rank;
 };
+
+// Rank `rank` of a group that is only counted; see `plan`.
+std::unique_ptr<Communicator> MakeMetaCommunicator(int rank, int size);
 
 // The group of one.
 std::unique_ptr<Communicator> MakeSelfCommunicator();

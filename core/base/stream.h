@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "core/base/device.h"
+#include "core/base/kernel_profile.h"
 
 namespace shoal {
 
@@ -21,6 +22,7 @@ struct Stream {
   Device device;
   void* handle = nullptr;  // cudaStream_t
   ScratchSource* scratch = nullptr;
+  KernelProfile* profile = nullptr;  // if set, kernels add their time
 };
 
 // RAII over Stream::scratch. On CUDA the block may be reused by later kernels of the same stream.

@@ -1,0 +1,12 @@
+// Requests that arrive as signals. One flag per signal: a launcher may follow one signal with another at
+// once, or send the same one twice.
+#pragma once
+
+namespace shoal {
+
+// SIGUSR1 and SIGTERM: save and stop. SIGUSR2: save and go on.
+void InstallSignalHandlers();
+bool StopRequested();      // stays true
+bool TakeSaveRequested();  // true once per SIGUSR2
+
+}  // namespace shoal
