@@ -63,19 +63,26 @@ HWY_INLINE void Tile(double* HWY_RESTRICT d, int64_t d_row, const double* HWY_RE
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(f64));
   using V = hn::Vec<F64>;
   V sum[kTileRows][kTileVectors];
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
     for (int64_t j = 0; j < kTileVectors; ++j) sum[i][j] = hn::Zero(f64);
   for (int64_t l = 0; l < k; ++l) {
     V row[kTileVectors];
+#pragma GCC unroll 8
     for (int64_t j = 0; j < kTileVectors; ++j) row[j] = hn::Load(f64, b + j * lanes);
+#pragma GCC unroll 8
     for (int64_t i = 0; i < kTileRows; ++i) {
       const V left = hn::Set(f64, a[i]);
+#pragma GCC unroll 8
       for (int64_t j = 0; j < kTileVectors; ++j) sum[i][j] = hn::MulAdd(left, row[j], sum[i][j]);
     }
     a += kTileRows;
     b += kTileVectors * lanes;
   }
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 8
     for (int64_t j = 0; j < kTileVectors; ++j) {
       double* at = d + i * d_row + j * lanes;
       hn::StoreU(kAdd ? hn::Add(sum[i][j], hn::LoadU(f64, at)) : sum[i][j], f64, at);
