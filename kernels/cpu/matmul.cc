@@ -1,12 +1,14 @@
 // f32 and bf16 products by oneDNN.
 //
-// Two routes, chosen by layout alone, so that no result depends on the number of threads:
-//   team   one primitive that spreads over the threads itself. oneDNN's packed kernels ("brg") take
-//          dense operands only. They split K between threads when `a` is column-major and there are
-//          more threads than 64-wide column blocks of d; the team is never larger than that.
-//   tiles  a fixed grid of tiles of d, each computed by one thread with a one-thread primitive: for
-//          padded leading dimensions, where oneDNN falls back to a GEMM that splits K freely, for
-//          narrow d with a column-major `a`, for batches, and on CPUs without packed kernels.
+// Two routes, chosen by layout and shape alone, so that no result depends on the number of threads:
+//   team   one primitive that spreads over the threads itself: dense operands, `a` by rows, where
+//          oneDNN has packed kernels ("brg"). Those never split K between threads for such an `a`.
+//   tiles  a fixed grid of tiles of d, each computed by one thread with a one-thread primitive. For
+//          `a` by columns (dW = dY^T X: the team splits K where d has fewer 64-wide column blocks
+//          than there are threads, and tiles are as fast), for padded leading dimensions (oneDNN
+//          falls back to a GEMM that splits K freely), for f32 with wide rows of b (a team reads
+//          them unpacked, at three quarters of the speed), for batches, and on CPUs without packed
+//          kernels.
 #include "kernels/matmul.h"
 
 #include <omp.h>
@@ -25,8 +27,6 @@
 
 namespace shoal::kernels::cpu {
 namespace {
-
-constexpr int64_t kColumnBlock = 64;  // width of oneDNN's packed column blocks
 
 // OpenMP team size of this thread for the time of a scope; oneDNN reads it when a primitive is made
 // and again when it runs.
@@ -240,17 +240,33 @@ void RunTeam(const Stream& stream, const Product& p, int threads) {
   if (status != dnnl_success) FailRun(p, status);
 }
 
-// Cuts `size` into equal parts of a multiple of kColumnBlock, at most `target` wide.
-int64_t TileSize(int64_t size, int64_t target) {
-  const int64_t parts = (size + target - 1) / target;
-  const int64_t even = (size + parts - 1) / parts;
-  return std::min(size, (even + kColumnBlock - 1) / kColumnBlock * kColumnBlock);
+// The grid of tiles: a function of the shape only. Tiles are as large as possible, for packing is
+// repeated in each, and at least 4.
+struct Grid {
+  int64_t rows, columns;  // of a tile
+};
+
+Grid GridOf(const Product& p) {
+  constexpr int64_t kStep = 64;  // column blocks and row blocks of the kernels divide it
+  auto cut = [](int64_t size, int64_t target) {
+    const int64_t parts = (size + target - 1) / target;
+    const int64_t even = (size + parts - 1) / parts;
+    return std::min(size, (even + kStep - 1) / kStep * kStep);
+  };
+  const bool a_by_rows = p.a_column == 1;
+  int64_t rows = a_by_rows ? 512 : 192, columns = a_by_rows ? 512 : 384;
+  auto count = [&] {
+    return p.batch * ((p.m + rows - 1) / rows) * ((p.n + columns - 1) / columns);
+  };
+  while (count() < 4 && (rows > 128 || columns > 128)) {
+    if (rows > 128) rows /= 2;
+    if (count() < 4 && columns > 128) columns /= 2;
+  }
+  return {cut(p.m, rows), cut(p.n, columns)};
 }
 
-constexpr int64_t kTileRows = 512, kTileColumns = 512;
-
 void RunTiles(const Stream& stream, const Product& p, int threads) {
-  const int64_t rows = TileSize(p.m, kTileRows), columns = TileSize(p.n, kTileColumns);
+  const auto [rows, columns] = GridOf(p);
   const int64_t row_tiles = (p.m + rows - 1) / rows, column_tiles = (p.n + columns - 1) / columns;
   const int64_t tiles = p.batch * row_tiles * column_tiles;
   const int64_t last_rows = p.m - (row_tiles - 1) * rows;
@@ -296,18 +312,20 @@ void RunTiles(const Stream& stream, const Product& p, int threads) {
 }
 
 void RunDnnl(const Stream& stream, const Product& p) {
+  constexpr int64_t kWideRow = 2048;
   ThreadCache().MakeRoom();
-  const int64_t blocks = (p.n + kColumnBlock - 1) / kColumnBlock;
-  const bool a_by_rows = p.a_column == 1 && p.a_row == p.k;
-  const bool a_by_columns = p.a_row == 1 && p.a_column == p.m;
-  const bool b_dense = (p.b_column == 1 && p.b_row == p.n) || (p.b_row == 1 && p.b_column == p.k);
-  const bool team = p.batch == 1 && SupportOf(p.operand) == Support::kPacked && b_dense &&
-                    p.d_row == p.n && (a_by_rows || (a_by_columns && blocks >= 6));
+  const bool b_by_rows = p.b_column == 1 && p.b_row == p.n;
+  const bool b_by_columns = p.b_row == 1 && p.b_column == p.k;
+  const bool unpacked = p.operand == DType::kF32 && !b_by_columns && p.n > kWideRow;
+  const bool team = p.batch == 1 && SupportOf(p.operand) == Support::kPacked && p.a_column == 1 &&
+                    p.a_row == p.k && (b_by_rows || b_by_columns) && !unpacked && p.d_row == p.n;
   // Waking a team costs as much as a product of about 10^5 multiplications.
   const bool small = p.batch * p.m * p.n * p.k < 100'000;
   const int threads = small ? 1 : KernelThreads();
-  if (!team) return RunTiles(stream, p, threads);
-  RunTeam(stream, p, a_by_rows ? threads : static_cast<int>(std::min<int64_t>(threads, blocks)));
+  if (team)
+    RunTeam(stream, p, threads);
+  else
+    RunTiles(stream, p, threads);
 }
 
 // bf16 where oneDNN has none: blocks converted to f32, multiplied there, converted back.
