@@ -271,7 +271,7 @@ void RunTiles(const Stream& stream, const Product& p, int threads) {
   const int64_t tiles = p.batch * row_tiles * column_tiles;
   const int64_t last_rows = p.m - (row_tiles - 1) * rows;
   const int64_t last_columns = p.n - (column_tiles - 1) * columns;
-  threads = static_cast<int>(std::min<int64_t>(threads, tiles));
+  if (tiles == 1) threads = 1;  // else all: libgomp starts a team anew when its size changes
 
   Compiled* compiled[2][2];  // [last row of tiles][last column of tiles]
   size_t scratch_bytes = 0;

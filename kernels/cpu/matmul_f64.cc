@@ -1,27 +1,27 @@
 // f64 products: packed panels and a register tile (Goto and van de Geijn, "Anatomy of
 // high-performance matrix multiplication", TOMS 2008). K is cut into blocks of a fixed size and
 // every element of d is summed in the order of k, whatever the tiles and the number of threads.
-#undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/matmul_f64.cc"
-#include <hwy/foreach_target.h>
-// After foreach_target:
-#include <hwy/highway.h>
 #include <omp.h>
 
 #include <algorithm>
 
 #include "core/base/thread_count.h"
 #include "kernels/cpu/matmul_internal.h"
+#include "kernels/cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/matmul_f64.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
-namespace shoal::kernels::cpu {
-namespace HWY_NAMESPACE {
+namespace shoal::kernels::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 using F64 = hn::CappedTag<double, 8>;
 
 // Register tile: kTileRows rows of kTileVectors vectors. AVX-512 has 32 registers, AVX2 16.
-#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+#if HWY_TARGET == HWY_AVX3
 constexpr int64_t kTileRows = 8;
 #else
 constexpr int64_t kTileRows = 4;
@@ -145,7 +145,7 @@ void Multiply(const Stream& stream, const Product& p) {
   const int64_t rows = round((p.m + parts - 1) / parts, kTileRows);
   const int64_t row_blocks = (p.m + rows - 1) / rows;
   const int64_t blocks = p.batch * row_blocks * column_blocks;
-  const int team = static_cast<int>(std::min(threads, blocks));
+  const int team = blocks == 1 ? 1 : static_cast<int>(threads);
   const int64_t kc = std::min(p.k, kBlockK);
   const int64_t per_thread = round((rows + columns) * kc, 8);
   const Scratch scratch(stream, sizeof(double) * static_cast<size_t>(per_thread * team));
@@ -170,8 +170,7 @@ void Multiply(const Stream& stream, const Product& p) {
   for (int64_t block = 0; block < blocks; ++block) run(block, omp_get_thread_num());
 }
 
-}  // namespace HWY_NAMESPACE
-}  // namespace shoal::kernels::cpu
+}  // namespace shoal::kernels::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
