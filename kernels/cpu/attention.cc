@@ -1,0 +1,175 @@
+#include "kernels/attention.h"
+
+#include <omp.h>
+
+#include <vector>
+
+#include "core/base/thread_count.h"
+#include "kernels/cpu/attention_units.h"
+
+namespace shoal::kernels::cpu {
+namespace {
+
+bool HasBf16Dot() {
+#ifdef __x86_64__
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+void CheckHeads(const char* op, const char* name, const View& x, const Dims& shape, DType dtype) {
+  SHOAL_CHECK(x.shape == shape, op, "{} is {}, not {}", name, x.shape.ToString(), shape.ToString());
+  SHOAL_CHECK(x.dtype == dtype, op, "{} is {}, not {}", name, Name(x.dtype), Name(dtype));
+  SHOAL_CHECK(x.strides[3] == 1 || x.shape[3] <= 1, op,
+              "{}'s last dimension has stride {}; it must be contiguous", name, x.strides[3]);
+}
+
+AttentionProblem MakeProblem(const char* op, const View& out, const View& lse, const View& q,
+                             const View& k, const View& v, const View& q_document,
+                             const View& k_document, const AttentionOptions& options) {
+  SHOAL_CHECK(q.rank() == 4 && k.rank() == 4, op, "q {} and k {} must have four dimensions",
+              q.shape.ToString(), k.shape.ToString());
+  AttentionProblem a{out, lse, q, k, v, q_document, k_document, {}, {}, {}, {}, options};
+  a.batch = q.dim(0), a.queries = q.dim(1), a.heads = q.dim(2), a.head_dim = q.dim(3);
+  a.keys = k.dim(1), a.kv_heads = k.dim(2);
+  VisitFloat(q.dtype, op, [](auto) {});
+  SHOAL_CHECK(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, op,
+              "{} heads are not a multiple of {} kv heads", a.heads, a.kv_heads);
+  CheckHeads(op, "q", q, {a.batch, a.queries, a.heads, a.head_dim}, q.dtype);
+  CheckHeads(op, "out", out, q.shape, q.dtype);
+  CheckHeads(op, "k", k, {a.batch, a.keys, a.kv_heads, a.head_dim}, q.dtype);
+  CheckHeads(op, "v", v, k.shape, q.dtype);
+  const Dims lse_shape{a.batch, a.heads, a.queries};
+  SHOAL_CHECK(lse.shape == lse_shape && lse.dtype == AccumulatorDType(q.dtype) && lse.contiguous(),
+              op, "lse must be contiguous {} {}, not {} {}", Name(AccumulatorDType(q.dtype)),
+              lse_shape.ToString(), Name(lse.dtype), lse.shape.ToString());
+  SHOAL_CHECK(static_cast<bool>(q_document) == static_cast<bool>(k_document), op,
+              "q_document and k_document must be given together");
+  if (q_document) {
+    const Dims q_shape{a.batch, a.queries}, k_shape{a.batch, a.keys};
+    SHOAL_CHECK(q_document.shape == q_shape && q_document.dtype == DType::kI32, op,
+                "q_document must be i32 {}, not {} {}", q_shape.ToString(), Name(q_document.dtype),
+                q_document.shape.ToString());
+    SHOAL_CHECK(k_document.shape == k_shape && k_document.dtype == DType::kI32, op,
+                "k_document must be i32 {}, not {} {}", k_shape.ToString(), Name(k_document.dtype),
+                k_document.shape.ToString());
+  }
+  return a;
+}
+
+// Every unit in parallel, each with scratch of its own thread.
+template <class Run>
+void RunUnits(const Stream& stream, const std::vector<AttentionUnit>& units, int64_t scratch_bytes,
+              int threads, Run run) {
+  const auto count = static_cast<int64_t>(units.size());
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads == 0) return;
+  // Different pages for different threads, and not the same cache sets.
+  const int64_t step = RoundUp(scratch_bytes, 4096) + 4096 + 64;
+  const Scratch scratch(stream, static_cast<size_t>(step * threads));
+  char* base = scratch.as<char>();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; ++i) run(units[i], base + step * omp_get_thread_num());
+}
+
+int64_t Blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// The most keys that a unit's queries see.
+int64_t MostKeys(const AttentionProblem& a, const std::vector<AttentionUnit>& units) {
+  int64_t most = 0;
+  for (const AttentionUnit& u : units) {
+    const int64_t begin = std::max(u.key_begin, a.KeysBegin(u.query_begin));
+    const int64_t end = std::min(RoundUp(u.key_end, kGroup), a.KeysEnd(u.query_end - 1));
+    most = std::max(most, end - RoundDown(begin, kKeyTile));
+  }
+  return most;
+}
+
+// How many pieces each kv head has to be cut into for the threads to be about evenly loaded.
+int64_t PiecesPerKvHead(const AttentionProblem& a, int threads) {
+  const int64_t whole = a.batch * a.kv_heads;
+  if (threads == 1 || whole % threads == 0 || whole >= 8 * threads) return 1;
+  return Blocks(4 * threads, whole);
+}
+
+}  // namespace
+
+void Attention(const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
+               const View& v, const View& q_document, const View& k_document,
+               const AttentionOptions& options) {
+  const AttentionProblem a =
+      MakeProblem("attention", out, lse, q, k, v, q_document, k_document, options);
+  if (q.numel() == 0) return;
+  const int threads = KernelThreads();
+  const int64_t pieces = PiecesPerKvHead(a, threads);
+  // Heads of a group share packed keys, so a kv head is cut along the queries first.
+  const int64_t blocks = Blocks(a.queries, kQueryBlock);
+  const int64_t block_pieces = std::min(pieces, blocks);
+  const int64_t head_pieces = std::min(Blocks(pieces, block_pieces), a.group());
+  std::vector<AttentionUnit> units;
+  for (int64_t p = block_pieces - 1; p >= 0; --p)  // with a causal mask the last have most to do
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        for (int64_t g = 0; g < head_pieces; ++g)
+          units.push_back({b, h, h * a.group() + a.group() * g / head_pieces,
+                           h * a.group() + a.group() * (g + 1) / head_pieces,
+                           blocks * p / block_pieces * kQueryBlock,
+                           std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
+                           a.keys, false, false});
+  const int64_t keys = MostKeys(a, units);
+  const bool pairs = HasBf16Dot();
+  RunUnits(
+      stream, units, AttentionScratch(a, pairs, keys), threads,
+      [&](const AttentionUnit& u, char* scratch) { RunAttentionUnit(a, pairs, keys, u, scratch); });
+}
+
+void AttentionBackward(const Stream& stream, const View& dq, const View& dk, const View& dv,
+                       const View& dout, const View& q, const View& k, const View& v,
+                       const View& out, const View& lse, const View& q_document,
+                       const View& k_document, const AttentionOptions& options) {
+  const char* op = "attention_backward";
+  AttentionProblem a = MakeProblem(op, out, lse, q, k, v, q_document, k_document, options);
+  CheckHeads(op, "dq", dq, q.shape, q.dtype);
+  CheckHeads(op, "dout", dout, q.shape, q.dtype);
+  CheckHeads(op, "dk", dk, k.shape, q.dtype);
+  CheckHeads(op, "dv", dv, k.shape, q.dtype);
+  a.dq = dq, a.dk = dk, a.dv = dv, a.dout = dout;
+  if (a.batch == 0 || a.heads == 0 || a.head_dim == 0) return;
+  const int threads = KernelThreads();
+  const int64_t pieces = PiecesPerKvHead(a, threads);
+  std::vector<AttentionUnit> units;
+  const int64_t tiles = Blocks(a.keys, kKeyTile), blocks = Blocks(a.queries, kQueryBlock);
+  if (pieces == 1) {
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        units.push_back(
+            {b, h, h * a.group(), (h + 1) * a.group(), 0, a.queries, 0, a.keys, true, true});
+  } else {
+    // Apart, dQ and dK, dV take 7 products where together they take 5, but any number of threads.
+    const int64_t key_pieces = std::min(pieces, tiles);
+    const int64_t block_pieces = std::min(Blocks(pieces, a.group()), blocks);
+    for (int64_t b = 0; b < a.batch; ++b) {
+      for (int64_t h = 0; h < a.kv_heads; ++h) {
+        for (int64_t p = 0; p < key_pieces; ++p)
+          units.push_back({b, h, h * a.group(), (h + 1) * a.group(), 0, a.queries,
+                           tiles * p / key_pieces * kKeyTile,
+                           std::min(a.keys, tiles * (p + 1) / key_pieces * kKeyTile), false, true});
+        for (int64_t n = h * a.group(); n < (h + 1) * a.group(); ++n)
+          for (int64_t p = block_pieces - 1; p >= 0; --p)
+            units.push_back({b, h, n, n + 1, blocks * p / block_pieces * kQueryBlock,
+                             std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
+                             a.keys, true, false});
+      }
+    }
+  }
+  const int64_t keys = MostKeys(a, units);
+  const bool pairs = HasBf16Dot();
+  RunUnits(stream, units, AttentionBackwardScratch(a, pairs, keys), threads,
+           [&](const AttentionUnit& u, char* scratch) {
+             RunAttentionBackwardUnit(a, pairs, keys, u, scratch);
+           });
+}
+
+}  // namespace shoal::kernels::cpu

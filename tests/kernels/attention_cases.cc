@@ -1,0 +1,419 @@
+#include <cmath>
+#include <limits>
+
+#include "kernels/attention.h"
+#include "tests/kernels/harness.h"
+
+namespace shoal::kernels::testing {
+namespace {
+
+struct Setup {
+  std::string name;
+  int64_t batch = 1, queries = 65, keys = 65, heads = 2, kv_heads = 1, head_dim = 16;
+  bool causal = true;
+  int64_t window = 0, offset = 0;
+  std::vector<double> q_document, k_document;  // repeated; empty: none
+  enum Layout { kContiguous, kPacked, kHeadsFirst } layout = kContiguous;
+  double range = 1;  // of q and k
+  double scale = 0;  // 0: one over the root of the head dim
+  Tolerance tolerance = {1e-12, 2e-5, 4e-2};
+  bool gradient = false;
+  // Backward as over a part of the keys: out and lse are those of a larger sum. Where a query sees
+  // one key, dq and dk would otherwise be zero but for rounding.
+  bool partial = false;
+
+  AttentionOptions options() const {
+    return {scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(head_dim)), causal, window,
+            offset};
+  }
+};
+
+// Where an argument [B, T, N, H] lies: as it is, cut out of a packed projection, or [B, N, T, H].
+Arg Laid(Setup::Layout layout, Arg arg) {
+  const Dims& s = arg.shape;
+  if (layout == Setup::kPacked) {
+    const int64_t row = s[2] * s[3] + 37;
+    return arg.Strided({s[1] * row, row, s[3], 1});
+  }
+  if (layout == Setup::kHeadsFirst) return arg.Strided({s[2] * s[1] * s[3], s[3], s[1] * s[3], 1});
+  return arg;
+}
+
+// The definition, in double. probability(b, n, i, j, p) is called for each key that a query sees,
+// with p = exp(score - lse); `lse` is read if it is known and written otherwise.
+template <class F>
+void Definition(const AttentionOptions& o, const Array& q, const Array& k, const Array& q_document,
+                const Array& k_document, Array& lse, bool lse_known, F probability) {
+  const int64_t queries = q.dim(1), heads = q.dim(2), dim = q.dim(3);
+  const int64_t keys = k.dim(1), group = heads / k.dim(2);
+  std::vector<double> scores(keys);
+  for (int64_t b = 0; b < q.dim(0); ++b) {
+    for (int64_t n = 0; n < heads; ++n) {
+      for (int64_t i = 0; i < queries; ++i) {
+        double top = -std::numeric_limits<double>::infinity();
+        for (int64_t j = 0; j < keys; ++j) {
+          const int64_t position = i + o.query_offset;
+          bool sees = !(o.causal && j > position) && !(o.window > 0 && j <= position - o.window);
+          if (q_document.numel()) sees = sees && q_document(b, i) == k_document(b, j);
+          scores[j] = -std::numeric_limits<double>::infinity();
+          if (!sees) continue;
+          const double* x = &q.v[((b * queries + i) * heads + n) * dim];
+          const double* y = &k.v[((b * keys + j) * k.dim(2) + n / group) * dim];
+          double dot = 0;
+          for (int64_t h = 0; h < dim; ++h) dot += x[h] * y[h];
+          scores[j] = dot * o.scale;
+          if (!(scores[j] <= top)) top = scores[j];
+        }
+        double& l = lse(b, n, i);
+        if (!lse_known) {
+          double sum = 0;
+          for (double s : scores)
+            if (!std::isinf(s)) sum += std::exp(s - top);
+          l = std::isinf(top) ? top : top + std::log(sum);
+        }
+        for (int64_t j = 0; j < keys; ++j)
+          if (!std::isinf(scores[j])) probability(b, n, i, j, std::exp(scores[j] - l));
+      }
+    }
+  }
+}
+
+// &x(b, t, n, 0), where x may have fewer heads than `heads`.
+double* Row(Array& x, int64_t b, int64_t t, int64_t n, int64_t heads) {
+  return &x.v[((b * x.dim(1) + t) * x.dim(2) + n * x.dim(2) / heads) * x.dim(3)];
+}
+const double* Row(const Array& x, int64_t b, int64_t t, int64_t n, int64_t heads) {
+  return Row(const_cast<Array&>(x), b, t, n, heads);
+}
+
+void ForwardDefinition(const AttentionOptions& o, Array& out, Array& lse, const Array& q,
+                       const Array& k, const Array& v, const Array& q_document,
+                       const Array& k_document) {
+  out.v.assign(out.numel(), 0);
+  const int64_t heads = q.dim(2), dim = q.dim(3);
+  Definition(o, q, k, q_document, k_document, lse, false,
+             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
+               double* to = Row(out, b, i, n, heads);
+               const double* from = Row(v, b, j, n, heads);
+               for (int64_t h = 0; h < dim; ++h) to[h] += p * from[h];
+             });
+}
+
+enum Argument { kDq, kDk, kDv, kDout, kQ, kK, kV, kOutput, kLse, kQDocument, kKDocument };
+
+void BackwardDefinition(const AttentionOptions& o, Arrays& a) {
+  for (int i : {kDq, kDk, kDv}) a[i].v.assign(a[i].numel(), 0);
+  const int64_t heads = a[kQ].dim(2), dim = a[kQ].dim(3);
+  Definition(o, a[kQ], a[kK], a[kQDocument], a[kKDocument], a[kLse], true,
+             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
+               const double *dout = Row(a[kDout], b, i, n, heads), *q = Row(a[kQ], b, i, n, heads),
+                            *out = Row(a[kOutput], b, i, n, heads);
+               const double *k = Row(a[kK], b, j, n, heads), *v = Row(a[kV], b, j, n, heads);
+               double dp = 0;
+               for (int64_t h = 0; h < dim; ++h) dp += dout[h] * (v[h] - out[h]);
+               const double ds = p * dp * o.scale;
+               double *dq = Row(a[kDq], b, i, n, heads), *dk = Row(a[kDk], b, j, n, heads),
+                      *dv = Row(a[kDv], b, j, n, heads);
+               for (int64_t h = 0; h < dim; ++h) {
+                 dq[h] += ds * k[h];
+                 dk[h] += ds * q[h];
+                 dv[h] += p * dout[h];
+               }
+             });
+}
+
+Arg Documents(const std::vector<double>& values, int64_t batch, int64_t tokens) {
+  if (values.empty()) return Absent();
+  return In(DType::kI32, {batch, tokens}).Values(values);
+}
+
+Case ForwardCase(DType t, const Setup& s) {
+  const Dims q{s.batch, s.queries, s.heads, s.head_dim}, k{s.batch, s.keys, s.kv_heads, s.head_dim};
+  const AttentionOptions o = s.options();
+  Case c{.name = fmt::format("Attention/{}/{}", Name(t), s.name)};
+  c.args = {Laid(s.layout, Out(t, q)),
+            Out(AccumulatorDType(t), {s.batch, s.heads, s.queries}),
+            Laid(s.layout, In(t, q)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)),
+            Documents(s.q_document, s.batch, s.queries),
+            Documents(s.k_document, s.batch, s.keys)};
+  c.kernel = [o](const Stream& stream, const Views& a) {
+    Attention(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], o);
+  };
+  c.reference = [o](Arrays& a) { ForwardDefinition(o, a[0], a[1], a[2], a[3], a[4], a[5], a[6]); };
+  c.tolerance = s.tolerance;
+  return c;
+}
+
+Case BackwardCase(DType t, const Setup& s) {
+  const Dims q{s.batch, s.queries, s.heads, s.head_dim}, k{s.batch, s.keys, s.kv_heads, s.head_dim};
+  const AttentionOptions o = s.options();
+  Case c{.name = fmt::format("AttentionBackward/{}/{}", Name(t), s.name)};
+  c.args = {Laid(s.layout, Out(t, q)),
+            Laid(s.layout, Out(t, k)),
+            Laid(s.layout, Out(t, k)),
+            Laid(s.layout, In(t, q)),
+            Laid(s.layout, In(t, q)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)),
+            Laid(s.layout, In(t, q)),
+            In(AccumulatorDType(t), {s.batch, s.heads, s.queries}),
+            Documents(s.q_document, s.batch, s.queries),
+            Documents(s.k_document, s.batch, s.keys)};
+  c.kernel = [o](const Stream& stream, const Views& a) {
+    AttentionBackward(stream, a[kDq], a[kDk], a[kDv], a[kDout], a[kQ], a[kK], a[kV], a[kOutput],
+                      a[kLse], a[kQDocument], a[kKDocument], o);
+  };
+  c.prepare = [o, partial = s.partial](Arrays& a) {
+    const Array out = a[kOutput];
+    ForwardDefinition(o, a[kOutput], a[kLse], a[kQ], a[kK], a[kV], a[kQDocument], a[kKDocument]);
+    if (!partial) return;
+    a[kOutput] = out;
+    for (double& l : a[kLse].v) l += 0.5;
+  };
+  c.reference = [o](Arrays& a) { BackwardDefinition(o, a); };
+  if (s.gradient && t == DType::kF64) {
+    c.gradient.objective = [o](const Arrays& a) {
+      Array out = a[kOutput], lse = a[kLse];
+      ForwardDefinition(o, out, lse, a[kQ], a[kK], a[kV], a[kQDocument], a[kKDocument]);
+      double sum = 0;
+      for (int64_t i = 0; i < out.numel(); ++i) sum += out[i] * a[kDout][i];
+      return sum;
+    };
+    c.gradient.of = {{kDq, kQ}, {kDk, kK}, {kDv, kV}};
+  }
+  c.tolerance = s.tolerance;
+  return c;
+}
+
+// One document per entry, of that many tokens, numbered from `first`.
+std::vector<double> Lengths(std::vector<int> lengths, int first = 0) {
+  std::vector<double> ids;
+  for (int n : lengths) ids.insert(ids.end(), n, first++);
+  return ids;
+}
+
+std::vector<Setup> Setups() {
+  std::vector<Setup> all;
+  for (auto [t, s] : {std::pair<int64_t, int64_t>{1, 1},
+                      {2, 2},
+                      {63, 63},
+                      {64, 64},
+                      {97, 97},
+                      {300, 300},
+                      {1, 300},
+                      {2, 97},
+                      {5, 300},
+                      {64, 300},
+                      {300, 65},
+                      {97, 1},
+                      {1, 700},
+                      {200, 420}}) {
+    for (bool causal : {true, false})
+      all.push_back({.name = fmt::format("{}x{}{}", t, s, causal ? "/causal" : ""),
+                     .queries = t,
+                     .keys = s,
+                     .causal = causal,
+                     .offset = s - t});
+  }
+  for (int64_t h : {1, 7, 16, 20, 64, 80, 128})
+    all.push_back({.name = fmt::format("head_dim{}", h),
+                   .batch = 2,
+                   .heads = 4,
+                   .kv_heads = 2,
+                   .head_dim = h});
+  for (auto [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {4, 4}, {8, 2}, {6, 3}, {8, 1}})
+    for (int64_t t : {1, 97})
+      all.push_back({.name = fmt::format("heads{}_{}/{}x97", n, k, t),
+                     .batch = 3,
+                     .queries = t,
+                     .keys = 97,
+                     .heads = n,
+                     .kv_heads = k,
+                     .head_dim = 20,
+                     .offset = 97 - t});
+  for (int64_t w : {1, 5, 70, 1000})
+    for (int64_t offset : {0, 33, -50})
+      for (bool causal : {true, false})
+        all.push_back(
+            {.name = fmt::format("window{}/offset{}{}", w, offset, causal ? "/causal" : ""),
+             .queries = 250,
+             .keys = 230,
+             .causal = causal,
+             .window = w,
+             .offset = offset});
+  for (int64_t offset : {7, -3, -64, -65, 1000})
+    all.push_back({.name = fmt::format("offset{}", offset), .offset = offset});
+  all.push_back({.name = "window_decode", .queries = 1, .keys = 300, .window = 70, .offset = 299});
+  all.push_back({.name = "all_masked", .queries = 100, .keys = 400, .offset = -100});
+  all.push_back({.name = "no_keys", .keys = 0});
+  all.push_back({.name = "no_queries", .queries = 0});
+
+  const std::vector<double> packed = Lengths({100, 1, 3, 96, 1, 49});
+  for (bool causal : {true, false}) {
+    const char* c = causal ? "/causal" : "";
+    all.push_back({.name = fmt::format("documents{}", c),
+                   .batch = 2,
+                   .queries = 250,
+                   .keys = 250,
+                   .causal = causal,
+                   .q_document = packed,
+                   .k_document = packed});
+    all.push_back({.name = fmt::format("documents_window{}", c),
+                   .queries = 250,
+                   .keys = 250,
+                   .causal = causal,
+                   .window = 40,
+                   .q_document = packed,
+                   .k_document = packed});
+    all.push_back({.name = fmt::format("documents_mixed{}", c),
+                   .queries = 250,
+                   .keys = 210,
+                   .causal = causal,
+                   .offset = 9,
+                   .q_document = {3, 1, 2, 2, -7, 1},
+                   .k_document = {1, 2, 9, 1, -7}});
+    all.push_back({.name = fmt::format("documents_apart{}", c),
+                   .queries = 100,
+                   .keys = 97,
+                   .causal = causal,
+                   .q_document = Lengths({60, 40}, 5),
+                   .k_document = Lengths({60, 37}, 6)});
+    all.push_back({.name = fmt::format("one_document{}", c),
+                   .queries = 130,
+                   .keys = 400,
+                   .causal = causal,
+                   .offset = 270,
+                   .q_document = {4},
+                   .k_document = {4}});
+    all.push_back({.name = fmt::format("documents_decode{}", c),
+                   .queries = 1,
+                   .keys = 97,
+                   .causal = causal,
+                   .offset = 96,
+                   .q_document = {1},
+                   .k_document = Lengths({60, 37})});
+  }
+  for (auto layout : {Setup::kPacked, Setup::kHeadsFirst})
+    for (int64_t t : {1, 97})
+      all.push_back(
+          {.name = fmt::format("{}/{}", layout == Setup::kPacked ? "packed" : "heads_first", t),
+           .batch = 2,
+           .queries = t,
+           .keys = 97,
+           .heads = 3,
+           .kv_heads = 3,
+           .head_dim = 20,
+           .offset = 97 - t,
+           .layout = layout});
+  all.push_back({.name = "negative_scale", .scale = -0.7});
+  all.push_back({.name = "large_scale", .scale = 3});
+  // Logits of 1e4: a probability carries the rounding of its score and of lse.
+  for (int64_t t : {1, 97})
+    all.push_back({.name = fmt::format("huge_logits/{}", t),
+                   .queries = t,
+                   .keys = 97,
+                   .offset = 97 - t,
+                   .range = 100,
+                   .scale = 1,
+                   .tolerance = {2e-11, 4e-2, 4e-2}});
+  all.push_back(
+      {.name = "many_heads", .batch = 5, .queries = 17, .keys = 17, .heads = 16, .kv_heads = 8});
+  for (bool causal : {true, false})
+    all.push_back({.name = fmt::format("gradient{}", causal ? "/causal" : ""),
+                   .batch = 2,
+                   .queries = 5,
+                   .keys = 7,
+                   .heads = 4,
+                   .kv_heads = 2,
+                   .head_dim = 3,
+                   .causal = causal,
+                   .offset = 1,
+                   .gradient = true});
+  all.push_back({.name = "gradient/documents",
+                 .queries = 8,
+                 .keys = 8,
+                 .head_dim = 3,
+                 .window = 3,
+                 .q_document = Lengths({1, 4, 3}),
+                 .k_document = Lengths({2, 3, 3}),
+                 .gradient = true});
+  for (Setup& s : all) s.partial = s.keys == 1 || s.window == 1 || s.offset == -64 || s.range > 1;
+  return all;
+}
+
+// Floating-point operations by one convention: two products forward, five backward, half of each
+// under a causal mask.
+void AddBenchmarks(std::vector<Case>& cases, DType t, Setup s) {
+  const double product = 2.0 * s.batch * s.heads * s.queries * s.keys * s.head_dim *
+                         (s.causal && s.queries > 1 ? 0.5 : 1);
+  s.layout = Setup::kPacked;
+  Case forward = ForwardCase(t, s), backward = BackwardCase(t, s);
+  forward.flops = 2 * product;
+  backward.flops = 5 * product;
+  backward.prepare = nullptr;
+  for (Case* c : {&forward, &backward}) {
+    if (c == &backward && s.queries == 1) continue;
+    c->benchmark = true;
+    c->test = false;
+    cases.push_back(*c);
+  }
+}
+
+const CaseFile kCases([](std::vector<Case>& cases) {
+  for (DType t : kFloats) {
+    for (const Setup& s : Setups()) {
+      cases.push_back(ForwardCase(t, s));
+      cases.push_back(BackwardCase(t, s));
+    }
+    const double nan = std::nan("");
+    Case c = ForwardCase(t, {.name = "nan_query"});
+    std::vector<double> values(65 * 2 * 16, 0.5);
+    values[40 * 32 + 3] = nan;
+    c.args[2] = c.args[2].Values(values);
+    cases.push_back(c);
+    c = ForwardCase(t, {.name = "nan_key", .heads = 1});
+    values.resize(65 * 16);
+    values[40 * 16 + 3] = nan;
+    c.args[3] = c.args[3].Values(values);
+    cases.push_back(c);
+  }
+  for (DType t : {DType::kF32, DType::kBF16}) {
+    for (int64_t n : {256, 1024, 4096})
+      AddBenchmarks(cases, t,
+                    {.name = fmt::format("bench/4x{}x12x64", n),
+                     .batch = 4,
+                     .queries = n,
+                     .keys = n,
+                     .heads = 12,
+                     .kv_heads = 12,
+                     .head_dim = 64});
+    AddBenchmarks(cases, t,
+                  {.name = "bench/1x2048x32_8x128",
+                   .queries = 2048,
+                   .keys = 2048,
+                   .heads = 32,
+                   .kv_heads = 8,
+                   .head_dim = 128});
+    AddBenchmarks(cases, t,
+                  {.name = "bench/1x1_4096x12x64",
+                   .queries = 1,
+                   .keys = 4096,
+                   .heads = 12,
+                   .kv_heads = 12,
+                   .head_dim = 64,
+                   .offset = 4095});
+    AddBenchmarks(cases, t,
+                  {.name = "bench/1x1_4096x32_8x128",
+                   .queries = 1,
+                   .keys = 4096,
+                   .heads = 32,
+                   .kv_heads = 8,
+                   .head_dim = 128,
+                   .offset = 4095});
+  }
+});
+
+}  // namespace
+}  // namespace shoal::kernels::testing
