@@ -41,6 +41,10 @@ void ParallelBlocks(int64_t n, int64_t block, int64_t elements, F f) {
   });
 }
 
+// The size of blocks of rows for column sums over `rows`: a function of the shape alone, with few
+// enough blocks that their partial sums stay small.
+inline int64_t RowsPerBlock(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
+
 // Ranges of a flat array: multiples of a cache line's worth of the smallest element, so that no two
 // threads write one line.
 template <class F>

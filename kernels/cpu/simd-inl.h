@@ -18,6 +18,7 @@
 #include "core/base/dtype.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/parallel.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shoal::kernels::cpu::HWY_NAMESPACE {
@@ -96,22 +97,93 @@ HWY_INLINE void StoreFirst(D d, hn::Vec<D> v, T* p, int64_t n) {
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
 }
 
+// Which elements of a vector a step of ForVectors covers: all, or the first n.
+struct All {};
+struct First {
+  int64_t n;
+};
+template <class D, class T>
+HWY_INLINE hn::Vec<D> Load(D d, const T* p, All) {
+  return LoadAs(d, p);
+}
+template <class D, class T>
+HWY_INLINE hn::Vec<D> Load(D d, const T* p, First part) {
+  return LoadFirst(d, p, part.n);
+}
+template <class D, class T>
+HWY_INLINE void Store(D d, hn::Vec<D> v, T* p, All) {
+  StoreAs(d, v, p);
+}
+template <class D, class T>
+HWY_INLINE void Store(D d, hn::Vec<D> v, T* p, First part) {
+  StoreFirst(d, v, p, part.n);
+}
+
+// Calls step(i, part) for each vector of [0, n): i is its first element, part goes to Load and
+// Store.
+template <class D, class F>
+HWY_INLINE void ForVectors(D d, int64_t n, F step) {
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) step(i, All{});
+  if (i < n) step(i, First{n - i});
+}
+
 // out[i] = f(d, in[i]...) for i in [0, n), computed in A's lanes.
 template <class A, class F, class Out, class... In>
 HWY_INLINE void Map(int64_t n, F f, Out* out, const In*... in) {
   const hn::ScalableTag<A> d;
+  ForVectors(
+      d, n, [&](int64_t i, auto part) { Store(d, f(d, Load(d, in + i, part)...), out + i, part); });
+}
+
+// The sum of term(i, part) over the vectors of [0, n). Four running sums hide the latency of an
+// addition. Lanes past n must be 0.
+template <class D, class F>
+HWY_INLINE LaneOf<D> SumOver(D d, int64_t n, F term) {
   const int64_t lanes = hn::Lanes(d);
+  auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) StoreAs(d, f(d, LoadAs(d, in + i)...), out + i);
-  if (i < n) StoreFirst(d, f(d, LoadFirst(d, in + i, n - i)...), out + i, n - i);
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    s0 = hn::Add(s0, term(i, All{}));
+    s1 = hn::Add(s1, term(i + lanes, All{}));
+    s2 = hn::Add(s2, term(i + 2 * lanes, All{}));
+    s3 = hn::Add(s3, term(i + 3 * lanes, All{}));
+  }
+  for (; i + lanes <= n; i += lanes) s0 = hn::Add(s0, term(i, All{}));
+  if (i < n) s1 = hn::Add(s1, term(i, First{n - i}));
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
+}
+
+// out [n] = (accumulate ? out : 0) + the rows of partial [rows, n], added in order.
+template <class A, class T>
+HWY_INLINE void SumPartials(T* out, bool accumulate, const A* partial, int64_t rows, int64_t n) {
+  ParallelFor((n + 63) / 64, rows * n, [=](int64_t first, int64_t last) {
+    const hn::ScalableTag<ComputeType<A, T>> d;
+    const int64_t begin = first * 64, end = std::min(n, last * 64);
+    ForVectors(d, end - begin, [&](int64_t i, auto part) {
+      const int64_t at = begin + i;
+      auto sum = hn::Zero(d);
+      for (int64_t r = 0; r < rows; ++r) sum = hn::Add(sum, Load(d, partial + r * n + at, part));
+      if (accumulate) sum = hn::Add(sum, Load(d, out + at, part));
+      Store(d, sum, out + at, part);
+    });
+  });
 }
 
 // --- functions -----------------------------------------------------------------------------------
 
-// e^x to 1 ulp. Arguments below the smallest normal result give 0; NaN is for the caller to keep.
+// e^x to 1 ulp for x up to 88 (f64: 706); 0 where it would be subnormal; NaN stays NaN.
 template <class D>
 HWY_INLINE hn::Vec<D> ExpOf(D d, hn::Vec<D> x) {
-  return hn::Exp(d, x);
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+}
+
+// min(max(x, -limit), limit); NaN stays NaN, because x86 returns the second operand.
+template <class D>
+HWY_INLINE hn::Vec<D> Clip(D d, hn::Vec<D> x, double limit) {
+  const auto v = hn::Set(d, static_cast<LaneOf<D>>(limit));
+  return hn::Min(v, hn::Max(hn::Neg(v), x));
 }
 
 // The logistic function and its complement: s = 1 / (1 + e^-x), c = 1 - s without cancellation. x
@@ -122,7 +194,7 @@ struct Logistic {
   HWY_INLINE Logistic(D d, hn::Vec<D> x) {
     const auto one = hn::Set(d, LaneOf<D>(1));
     const auto limit = hn::Set(d, LaneOf<D>(sizeof(LaneOf<D>) == 8 ? 700 : 87));
-    const auto e = ExpOf(d, hn::Min(limit, hn::Neg(x)));
+    const auto e = hn::Exp(d, hn::Min(limit, hn::Neg(x)));
     s = hn::Div(one, hn::Add(one, e));
     c = hn::Mul(e, s);
   }

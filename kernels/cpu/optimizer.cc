@@ -1,0 +1,142 @@
+#include "kernels/optimizer.h"
+
+#include <cmath>
+
+#include "kernels/contract.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/optimizer.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "kernels/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shoal::kernels::cpu::HWY_NAMESPACE {
+
+// Calls f(tag of the state's type A, tag of the gradient's type G). The state is the master copy of
+// a bf16 parameter, or the parameter itself.
+template <class F>
+void VisitState(const View& parameter, const View& gradient, F f) {
+  VisitFloat(gradient.dtype, "optimizer", [&](auto g) {
+    if (parameter.dtype == DType::kF64) {
+      f(TypeTag<double>{}, g);
+    } else {
+      f(TypeTag<float>{}, g);
+    }
+  });
+}
+
+void AdamWImpl(const View& parameter, const View& master, const View& m, const View& v,
+               const View& gradient, const AdamWOptions& o) {
+  VisitState(parameter, gradient, [&](auto state_tag, auto gradient_tag) {
+    using A = typename decltype(state_tag)::type;
+    using G = typename decltype(gradient_tag)::type;
+    using C = ComputeType<A, G>;
+    const double t = static_cast<double>(o.step);
+    const double correction1 = 1 - std::pow(o.beta1, t), correction2 = 1 - std::pow(o.beta2, t);
+    A* p_data = (master ? master : parameter).as<A>();
+    BF16* shadow = master ? parameter.as<BF16>() : nullptr;
+    A *m_data = m.as<A>(), *v_data = v.as<A>();
+    const G* g_data = gradient.as<const G>();
+    ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
+      const hn::ScalableTag<C> d;
+      const auto set = [d](double x) { return hn::Set(d, static_cast<C>(x)); };
+      const auto beta1 = set(o.beta1), rest1 = set(1 - o.beta1);
+      const auto beta2 = set(o.beta2), rest2 = set(1 - o.beta2);
+      const auto scale = set(o.gradient_scale);
+      const auto keep = set(1 - o.lr * o.weight_decay), rate = set(o.lr / correction1);
+      const auto root2 = set(1 / std::sqrt(correction2)), eps = set(o.eps);
+      ForVectors(d, end - begin, [&](int64_t i, auto part) {
+        const int64_t at = begin + i;
+        const auto g = hn::Mul(scale, Load(d, g_data + at, part));
+        const auto m1 = hn::MulAdd(rest1, g, hn::Mul(beta1, Load(d, m_data + at, part)));
+        const auto v1 =
+            hn::MulAdd(hn::Mul(rest2, g), g, hn::Mul(beta2, Load(d, v_data + at, part)));
+        const auto denominator = hn::MulAdd(hn::Sqrt(v1), root2, eps);
+        const auto p = hn::NegMulAdd(rate, hn::Div(m1, denominator),
+                                     hn::Mul(keep, Load(d, p_data + at, part)));
+        Store(d, m1, m_data + at, part);
+        Store(d, v1, v_data + at, part);
+        Store(d, p, p_data + at, part);
+        if (shadow) Store(d, p, shadow + at, part);
+      });
+    });
+  });
+}
+
+void SgdImpl(const View& parameter, const View& master, const View& momentum, const View& gradient,
+             const SgdOptions& o) {
+  VisitState(parameter, gradient, [&](auto state_tag, auto gradient_tag) {
+    using A = typename decltype(state_tag)::type;
+    using G = typename decltype(gradient_tag)::type;
+    using C = ComputeType<A, G>;
+    A* p_data = (master ? master : parameter).as<A>();
+    BF16* shadow = master ? parameter.as<BF16>() : nullptr;
+    A* u_data = momentum.as<A>();
+    const G* g_data = gradient.as<const G>();
+    ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
+      const hn::ScalableTag<C> d;
+      const auto set = [d](double x) { return hn::Set(d, static_cast<C>(x)); };
+      const auto lr = set(o.lr), decay = set(o.weight_decay), scale = set(o.gradient_scale);
+      const auto mu = set(o.momentum);
+      ForVectors(d, end - begin, [&](int64_t i, auto part) {
+        const int64_t at = begin + i;
+        const auto p = Load(d, p_data + at, part);
+        auto u = hn::MulAdd(decay, p, hn::Mul(scale, Load(d, g_data + at, part)));
+        if (u_data) {
+          if (!o.first) u = hn::MulAdd(mu, Load(d, u_data + at, part), u);
+          Store(d, u, u_data + at, part);
+        }
+        const auto next = hn::NegMulAdd(lr, u, p);
+        Store(d, next, p_data + at, part);
+        if (shadow) Store(d, next, shadow + at, part);
+      });
+    });
+  });
+}
+
+}  // namespace shoal::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace shoal::kernels::cpu {
+namespace {
+
+HWY_EXPORT(AdamWImpl);
+HWY_EXPORT(SgdImpl);
+
+void CheckFlat(const char* op, const View& parameter, const View& master, const View& gradient) {
+  CheckRank(op, "parameter", parameter, 1);
+  CheckArray(op, "parameter", parameter, parameter.shape, parameter.dtype);
+  CheckArray(op, "gradient", gradient, parameter.shape, gradient.dtype);
+  const bool needs_master = parameter.dtype == DType::kBF16 && parameter.numel() > 0;
+  SHOAL_CHECK(static_cast<bool>(master) == needs_master || parameter.numel() == 0, op,
+              "a parameter of {} {} a master copy", ::shoal::Name(parameter.dtype),
+              needs_master ? "needs" : "has no use for");
+  if (needs_master) CheckArray(op, "master", master, parameter.shape, DType::kF32);
+}
+
+}  // namespace
+
+void AdamW(const Stream&, const View& parameter, const View& master, const View& m, const View& v,
+           const View& gradient, const AdamWOptions& options) {
+  CheckFlat("AdamW", parameter, master, gradient);
+  CheckArray("AdamW", "m", m, parameter.shape, AccumulatorDType(parameter.dtype));
+  CheckArray("AdamW", "v", v, parameter.shape, AccumulatorDType(parameter.dtype));
+  SHOAL_CHECK(options.step >= 1, "AdamW", "step is {}, but counts from 1", options.step);
+  HWY_DYNAMIC_DISPATCH(AdamWImpl)(parameter, master, m, v, gradient, options);
+}
+
+void Sgd(const Stream&, const View& parameter, const View& master, const View& momentum,
+         const View& gradient, const SgdOptions& options) {
+  CheckFlat("Sgd", parameter, master, gradient);
+  if (momentum)
+    CheckArray("Sgd", "momentum", momentum, parameter.shape, AccumulatorDType(parameter.dtype));
+  SHOAL_CHECK(momentum || options.momentum == 0 || parameter.numel() == 0, "Sgd",
+              "momentum is {} but its buffer is absent", options.momentum);
+  HWY_DYNAMIC_DISPATCH(SgdImpl)(parameter, master, momentum, gradient, options);
+}
+
+}  // namespace shoal::kernels::cpu
+#endif
