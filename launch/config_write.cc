@@ -1,8 +1,7 @@
 #include <fmt/format.h>
 
-#include <cmath>
-
 #include "launch/config_schema.h"
+#include "launch/metrics.h"
 
 namespace shoal {
 namespace {
@@ -22,13 +21,6 @@ std::string Quote(const std::string& text) {
   return out + "\"";
 }
 
-// The shortest digits that read back to the same double.
-std::string Float(double value) {
-  std::string text = fmt::format("{}", value);
-  if (text.find_first_of(".en") == std::string::npos) text += ".0";
-  return text;
-}
-
 std::string Bytes(int64_t bytes) {
   const char* const units[] = {"GiB", "MiB", "KiB"};
   for (int i = 0; i < 3; ++i) {
@@ -46,10 +38,10 @@ struct ValueText {
   std::string operator()(const int64_t* v) const {
     return key.bytes ? Bytes(*v) : fmt::format("{}", *v);
   }
-  std::string operator()(const double* v) const { return Float(*v); }
+  std::string operator()(const double* v) const { return ExactFloat(*v); }
   std::string operator()(const bool* v) const { return *v ? "true" : "false"; }
   std::string operator()(const std::array<double, 2>* v) const {
-    return fmt::format("[{}, {}]", Float((*v)[0]), Float((*v)[1]));
+    return fmt::format("[{}, {}]", ExactFloat((*v)[0]), ExactFloat((*v)[1]));
   }
   template <class T>
   std::string operator()(const std::optional<T>* v) const {

@@ -1,0 +1,44 @@
+// The directory that a run lives in:
+//   config.toml (resolved) · plan.json · metrics.jsonl · log/rank-N.log · checkpoints/ ·
+//   TensorBoard events · lock
+// It appears under its name only when it is complete, so a directory with that name is a run.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace shoal {
+
+class RunDirectory {
+ public:
+  // Rank 0 of a new run. Error(kStorage) if there is a run already, or anything that is not an
+  // empty directory, or no place for it; then nothing is left behind.
+  static RunDirectory Create(const std::string& path, std::string_view config_toml,
+                             std::string_view plan_json);
+  // Rank 0 of a run that goes on.
+  static RunDirectory Open(const std::string& path);
+  // The other ranks and readers; takes no lock.
+  static RunDirectory Attach(const std::string& path);
+
+  ~RunDirectory();
+  RunDirectory(RunDirectory&& other) noexcept;
+  RunDirectory& operator=(RunDirectory&&) = delete;
+
+  const std::string& path() const { return path_; }
+  std::string config_path() const { return path_ + "/config.toml"; }
+  std::string plan_path() const { return path_ + "/plan.json"; }
+  std::string metrics_path() const { return path_ + "/metrics.jsonl"; }
+  std::string checkpoints_path() const { return path_ + "/checkpoints"; }
+  std::string log_path(int rank) const;
+  std::string sample_path() const { return path_ + "/sample.txt"; }
+  std::string report_path() const { return path_ + "/report.html"; }
+
+ private:
+  RunDirectory(std::string path, int lock) : path_(std::move(path)), lock_(lock) {}
+
+  std::string path_;
+  int lock_ = -1;  // holds the lock; the system frees it with the process, however that ends
+};
+
+}  // namespace shoal
