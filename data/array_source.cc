@@ -128,14 +128,35 @@ int64_t ArraySource::NextDocument(int64_t position, int64_t limit) const {
   });
 }
 
-TokenArray PackTokens(std::span<const int32_t> ids, int64_t vocab) {
-  const int64_t count = static_cast<int64_t>(ids.size());
-  if (TypeForVocab(vocab) == IntType::kU16) {
-    auto copy = std::make_shared<std::vector<uint16_t>>(ids.begin(), ids.end());
-    return {IntType::kU16, reinterpret_cast<const char*>(copy->data()), count, copy};
-  }
-  auto copy = std::make_shared<std::vector<int32_t>>(ids.begin(), ids.end());
-  return {IntType::kI32, reinterpret_cast<const char*>(copy->data()), count, copy};
+PackedTokens::PackedTokens(int64_t vocab) : type_(TypeForVocab(vocab)) {}
+
+void PackedTokens::Add(std::span<const int32_t> ids) {
+  AppendAs(type_, ids, bytes_);
+  size_ += static_cast<int64_t>(ids.size());
+}
+
+TokenArray PackedTokens::Finish() && {
+  auto owner = std::make_shared<const std::vector<char>>(std::move(bytes_));
+  return {type_, owner->data(), size_, owner};
+}
+
+void AppendAs(IntType type, std::span<const int32_t> ids, std::vector<char>& bytes) {
+  VisitInt(type, [&](auto zero) {
+    using T = decltype(zero);
+    const size_t begin = bytes.size();
+    bytes.resize(begin + ids.size() * sizeof(T));
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const T value = static_cast<T>(ids[i]);
+      SHOAL_CHECK(static_cast<int64_t>(value) == ids[i], "data", "the id {} does not fit {}",
+                  ids[i], Name(type));
+      std::memcpy(bytes.data() + begin + i * sizeof(T), &value, sizeof(T));
+    }
+  });
+}
+
+int64_t NextStart(std::span<const int64_t> starts, int64_t position) {
+  const auto next = std::upper_bound(starts.begin(), starts.end(), position);
+  return next == starts.end() ? std::numeric_limits<int64_t>::max() : *next;
 }
 
 }  // namespace shoal

@@ -49,8 +49,25 @@ class ArraySource final : public TokenSource {
   NextDocumentFunction next_document_;
 };
 
-// Copies ids of any kind as the narrowest type for `vocab`.
-TokenArray PackTokens(std::span<const int32_t> ids, int64_t vocab);
+// Collects ids as the narrowest type for `vocab`.
+class PackedTokens {
+ public:
+  explicit PackedTokens(int64_t vocab);
+  void Add(std::span<const int32_t> ids);
+  int64_t size() const { return size_; }
+  TokenArray Finish() &&;
+
+ private:
+  IntType type_;
+  std::vector<char> bytes_;
+  int64_t size_ = 0;
+};
+
+// `ids` as little-endian `type` at the end of `bytes`; every id must fit.
+void AppendAs(IntType type, std::span<const int32_t> ids, std::vector<char>& bytes);
+
+// The first of the ascending `starts` after `position`, INT64_MAX if there is none.
+int64_t NextStart(std::span<const int64_t> starts, int64_t position);
 
 // Throws the error for an id that a model with `vocab` ids cannot take.
 [[noreturn]] void FailBadId(const std::string& path, int64_t position, const std::string& id,

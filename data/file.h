@@ -25,6 +25,7 @@ class FileBytes {
 
   const char* data() const { return data_.get(); }
   int64_t size() const { return size_; }
+  std::shared_ptr<const void> owner() const { return data_; }
   std::string_view text() const { return {data(), static_cast<size_t>(size_)}; }
 
  private:
@@ -42,13 +43,13 @@ class AtomicFile {
   AtomicFile& operator=(const AtomicFile&) = delete;
 
   void Write(const void* data, size_t bytes);
+  void Flush();  // hands all to the file, so that it can be read by its temporary path
   void Commit();
   // For a library that writes by name; it must have closed the file before Commit.
   const std::string& temporary_path() const { return temporary_; }
+  const std::string& path() const { return path_; }
 
  private:
-  void Flush();
-
   std::string path_, temporary_;
   std::vector<char> buffer_;
   int file_ = -1;

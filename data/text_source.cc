@@ -10,11 +10,6 @@
 namespace shoal {
 namespace {
 
-int64_t NextStart(const std::vector<int64_t>& starts, int64_t position) {
-  const auto next = std::upper_bound(starts.begin(), starts.end(), position);
-  return next == starts.end() ? std::numeric_limits<int64_t>::max() : *next;
-}
-
 // Token i of a document is its byte i; after the last comes the document end.
 class ByteTextSource final : public TokenSource {
  public:
@@ -80,21 +75,21 @@ std::shared_ptr<const TokenSource> OpenText(const CorpusOptions& options) {
   const Tokenizer& tokenizer = *options.tokenizer;
   SourceInfo info{.path = options.path, .format = "text", .dtype = "bytes"};
   info.documents = static_cast<int64_t>(paths.size());
-  info.end_of_document = tokenizer.end_of_document();
+  const int32_t end = tokenizer.end_of_document();
+  info.end_of_document = end;
   if (tokenizer.ids_are_bytes())
     return std::make_shared<ByteTextSource>(std::move(info), std::move(paths), options);
 
-  std::vector<int32_t> ids;
+  PackedTokens tokens(tokenizer.vocab_size());
   std::vector<int64_t> starts;
   for (const std::string& path : paths) {
     const FileBytes bytes = ReadTextFile(path, options.binary);
-    const std::vector<int32_t> document = tokenizer.Encode(bytes.text());
-    starts.push_back(static_cast<int64_t>(ids.size()));
-    ids.insert(ids.end(), document.begin(), document.end());
-    ids.push_back(tokenizer.end_of_document());
+    starts.push_back(tokens.size());
+    tokenizer.EncodeTo(bytes.text(), [&](std::span<const int32_t> ids) { tokens.Add(ids); });
+    tokens.Add({&end, 1});
     info.stored_bytes += bytes.size();
   }
-  TokenArray array = PackTokens(ids, tokenizer.vocab_size());
+  TokenArray array = std::move(tokens).Finish();
   info.dtype = Name(array.type);
   return std::make_shared<ArraySource>(
       std::move(info), std::move(array), options.vocab,

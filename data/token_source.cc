@@ -7,11 +7,35 @@
 #include <vector>
 
 #include "core/base/error.h"
+#include "data/hdf5_file.h"
+#include "data/indexed_file.h"
 #include "data/text_source.h"
 
 namespace shoal {
+namespace {
+
+bool IsFile(const std::string& path) {
+  std::error_code error;
+  return std::filesystem::is_regular_file(path, error);
+}
+
+}  // namespace
 
 std::shared_ptr<const TokenSource> OpenCorpus(const CorpusOptions& options) {
+  const std::string& path = options.path;
+  if (path.empty())
+    SHOAL_FAIL(ErrorKind::kData, "data", "no path to the data: set data.path to text or token ids");
+  if (path.ends_with(".h5") || path.ends_with(".hdf5") || IsHdf5(path)) return OpenHdf5(options);
+  CorpusOptions pair = options;
+  if (path.ends_with(".idx") || (path.ends_with(".bin") && !options.binary)) {
+    pair.path.resize(path.size() - 4);
+    return OpenIndexed(pair);
+  }
+  const bool bin = IsFile(path + ".bin"), idx = IsFile(path + ".idx");
+  std::error_code error;
+  // A pair is what was made from the text of the same name, so it goes first.
+  if ((bin && idx) || ((bin || idx) && !std::filesystem::exists(path, error)))
+    return OpenIndexed(pair);
   return OpenText(options);
 }
 

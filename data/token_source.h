@@ -46,6 +46,8 @@ struct CorpusOptions {
   const Tokenizer* tokenizer = nullptr;  // turns text into ids; files of ids do not need it
   int64_t vocab = 0;    // the model's: every id must be below it. 0: any id that fits 32 bits
   bool binary = false;  // take any bytes as text
+  // For files of ids that do not say where documents end themselves: the id that ends one.
+  std::optional<int32_t> end_of_document;
 };
 
 // What lies at `path` decides: a directory or a file of text; an HDF5 file with a dataset of

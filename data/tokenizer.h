@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -15,7 +16,10 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
 
-  virtual std::vector<int32_t> Encode(std::string_view text) const = 0;
+  std::vector<int32_t> Encode(std::string_view text) const;
+  // The same ids part by part, in order, for texts of any size in little memory.
+  using Sink = std::function<void(std::span<const int32_t> ids)>;
+  virtual void EncodeTo(std::string_view text, const Sink& sink) const = 0;
   // Ids without text (document end, padding) decode to nothing, ids outside the vocabulary to
   // U+FFFD: a model's vocabulary may be larger than its tokenizer's, and a fresh model samples
   // from all of it.
@@ -33,7 +37,7 @@ class ByteTokenizer final : public Tokenizer {
  public:
   static constexpr int32_t kEndOfDocument = 256;
 
-  std::vector<int32_t> Encode(std::string_view text) const override;
+  void EncodeTo(std::string_view text, const Sink& sink) const override;
   std::string Decode(std::span<const int32_t> ids) const override;
   int32_t vocab_size() const override { return 257; }
   int32_t end_of_document() const override { return kEndOfDocument; }

@@ -15,6 +15,12 @@ namespace {
 
 using testing::ExpectDataError;
 
+TokenArray PackTokens(std::span<const int32_t> ids, int64_t vocab) {
+  PackedTokens tokens(vocab);
+  tokens.Add(ids);
+  return std::move(tokens).Finish();
+}
+
 // Tokens 0, 1, 2, ...: a token is its own place in the corpus.
 std::shared_ptr<const TokenSource> Counting(int64_t n) {
   std::vector<int32_t> ids(n);

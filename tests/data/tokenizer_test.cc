@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "core/base/thread_count.h"
 #include "tests/data/temp_dir.h"
 
 namespace shoal {
@@ -98,8 +99,8 @@ TEST_F(SentencePiece, DocumentEndHasNoText) {
 
 TEST_F(SentencePiece, LongTextIsEncodedAsIfInOnePiece) {
   const auto tokenizer = MakeTokenizer(model_);
-  const std::string text = Prose(60000);  // over 2 MiB
-  ASSERT_GT(text.size(), 5u << 19);
+  const std::string text = Prose(20000);  // several shares
+  ASSERT_GT(text.size(), 3u << 18);
   const std::vector<int32_t> ids = tokenizer->Encode(text);
   std::vector<int32_t> by_line;
   for (size_t begin = 0; begin < text.size();) {
@@ -110,6 +111,12 @@ TEST_F(SentencePiece, LongTextIsEncodedAsIfInOnePiece) {
     begin = end;
   }
   EXPECT_EQ(ids, by_line);
+  const int threads = KernelThreads();
+  for (const int n : {1, 3, 16}) {
+    SetKernelThreads(n);
+    EXPECT_EQ(tokenizer->Encode(text), ids) << n << " threads";
+  }
+  SetKernelThreads(threads);
   EXPECT_EQ(tokenizer->Decode(ids), text);
 }
 
