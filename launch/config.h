@@ -20,7 +20,7 @@ struct RunConfig {
   int64_t seed = 1;
   int64_t validate_every = 0;                 // 0: never
   std::optional<int64_t> validate_sequences;  // left out: all of the tail
-  int64_t log_every = 1;
+  int64_t log_every = 10;
   bool operator==(const RunConfig&) const = default;
 };
 

@@ -64,7 +64,8 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(run, validate_sequences, "use at most so many of the held-out sequences")
           .In(1, kNoLimit)
           .LeftOut("all of them"),
-      KEY(run, log_every, "print a line after each so many steps").In(1, kNoLimit),
+      KEY(run, log_every, "print a line after each so many steps, where no bar is drawn")
+          .In(1, kNoLimit),
 
       KEY(model, preset, "a known shape; other keys of the section change single sizes")
           .OneOf(PresetNames())

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "core/state_dict.h"
 #include "data/loader.h"
 #include "models/registry.h"
 #include "optim/optimizer.h"
