@@ -1,0 +1,325 @@
+// Chunks of tokens in the outer loop, blocks of the vocabulary in the inner one. The products of a
+// block go through dense arrays, so that a vocabulary of any size runs at full speed, and a block
+// is still in a cache when its exponentials are taken. Pass 1 keeps a running maximum and sum per
+// row (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3) and
+// leaves e^(logit - maximum so far) in place of the logits; pass 2 then only rescales them.
+#include "kernels/linear_cross_entropy.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/contract.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/targets.h"
+#include "kernels/matmul.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/linear_cross_entropy.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "kernels/cpu/simd-inl.h"
+
+#ifndef SHOAL_KERNELS_CPU_LINEAR_CROSS_ENTROPY_TYPES_
+#define SHOAL_KERNELS_CPU_LINEAR_CROSS_ENTROPY_TYPES_
+namespace shoal::kernels::cpu {
+
+// A block of columns of the logits of a chunk: [rows, width], f32 or f64.
+struct Block {
+  int64_t rows, first, width;  // columns [first, first + width) of the vocabulary
+  void* logits;
+  const int32_t* labels;  // [rows], none ignored
+};
+
+// What is known of a row after the blocks so far.
+struct Row {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;  // of e^(logit - max)
+  double label_logit = 0;
+};
+
+}  // namespace shoal::kernels::cpu
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace shoal::kernels::cpu::HWY_NAMESPACE {
+
+template <class D>
+HWY_INLINE LaneOf<D> MaxOver(D d, const LaneOf<D>* x, int64_t n) {
+  const int64_t lanes = hn::Lanes(d);
+  const auto lowest = hn::Set(d, -std::numeric_limits<LaneOf<D>>::infinity());
+  auto m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    m0 = hn::Max(m0, hn::LoadU(d, x + i));
+    m1 = hn::Max(m1, hn::LoadU(d, x + i + lanes));
+    m2 = hn::Max(m2, hn::LoadU(d, x + i + 2 * lanes));
+    m3 = hn::Max(m3, hn::LoadU(d, x + i + 3 * lanes));
+  }
+  auto max = hn::GetLane(hn::MaxOfLanes(d, hn::Max(hn::Max(m0, m1), hn::Max(m2, m3))));
+  for (; i < n; ++i) max = std::max(max, x[i]);
+  return max;
+}
+
+// x = e^(x - shift) for x <= shift; returns their sum. NaN stays NaN.
+template <class D>
+HWY_INLINE LaneOf<D> ExponentialsOf(D d, LaneOf<D>* x, int64_t n, LaneOf<D> shift) {
+  const int64_t lanes = hn::Lanes(d);
+  const auto s = hn::Set(d, shift);
+  auto exp = [&](hn::Vec<D> v) {
+    const auto t = hn::Sub(v, s);
+    return hn::IfThenElse(hn::IsNaN(t), t, hn::Exp(d, t));
+  };
+  auto step = [&](int64_t at, hn::Vec<D>& sum) {
+    const auto e = exp(hn::LoadU(d, x + at));
+    hn::StoreU(e, d, x + at);
+    sum = hn::Add(sum, e);
+  };
+  auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    step(i, s0);
+    step(i + lanes, s1);
+    step(i + 2 * lanes, s2);
+    step(i + 3 * lanes, s3);
+  }
+  for (; i + lanes <= n; i += lanes) step(i, s0);
+  if (i < n) {
+    const auto e = hn::IfThenElseZero(hn::FirstN(d, n - i), exp(LoadFirst(d, x + i, n - i)));
+    StoreFirst(d, e, x + i, n - i);
+    s1 = hn::Add(s1, e);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
+}
+
+// Pass 1. A NaN need not reach the maximum, but reaches the sum.
+template <class A>
+void Exponentials(const Block& block, Row* rows, A* block_max) {
+  ParallelFor(block.rows, block.rows * block.width, [&](int64_t begin, int64_t end) {
+    const hn::ScalableTag<A> d;
+    for (int64_t r = begin; r < end; ++r) {
+      A* x = static_cast<A*>(block.logits) + r * block.width;
+      Row& row = rows[r];
+      const int64_t label = block.labels[r] - block.first;
+      if (label >= 0 && label < block.width) row.label_logit = x[label];
+      const A max = std::max(static_cast<A>(row.max), MaxOver(d, x, block.width));
+      const A sum = ExponentialsOf(d, x, block.width, max);
+      row.sum = row.sum * std::exp(row.max - static_cast<double>(max)) + static_cast<double>(sum);
+      row.max = static_cast<double>(max);
+      block_max[r] = max;
+    }
+  });
+}
+
+// Pass 2: out [rows, width] = scale (softmax - one at the label), from what pass 1 left. May work
+// in place.
+template <class A, class Out>
+void Gradients(const Block& block, const Row* rows, const A* block_max, double scale, Out* out) {
+  ParallelFor(block.rows, block.rows * block.width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const A* e = static_cast<const A*>(block.logits) + r * block.width;
+      const Row& row = rows[r];
+      const double to_softmax = std::exp(static_cast<double>(block_max[r]) - row.max) / row.sum;
+      const A factor = static_cast<A>(scale * to_softmax);
+      const int64_t label = block.labels[r] - block.first;
+      const bool here = label >= 0 && label < block.width;
+      const double at_label = here ? scale * (static_cast<double>(e[label]) * to_softmax - 1) : 0;
+      Out* to = out + r * block.width;
+      Map<A>(
+          block.width, [factor](auto d, auto v) { return hn::Mul(v, hn::Set(d, factor)); }, to, e);
+      if (here) to[label] = static_cast<Out>(static_cast<A>(at_label));
+    }
+  });
+}
+
+void Pass1(DType logits, const Block& block, Row* rows, void* block_max) {
+  if (logits == DType::kF64) return Exponentials(block, rows, static_cast<double*>(block_max));
+  Exponentials(block, rows, static_cast<float*>(block_max));
+}
+
+void Pass2(DType logits, DType out_type, const Block& block, const Row* rows, const void* block_max,
+           double scale, void* out) {
+  if (logits == DType::kF64)
+    return Gradients(block, rows, static_cast<const double*>(block_max), scale,
+                     static_cast<double*>(out));
+  const float* max = static_cast<const float*>(block_max);
+  if (out_type == DType::kBF16) return Gradients(block, rows, max, scale, static_cast<BF16*>(out));
+  Gradients(block, rows, max, scale, static_cast<float*>(out));
+}
+
+// to [n] bf16 = from [n] f32, plus `to` if accumulate.
+void Narrow(BF16* to, const float* from, int64_t n, bool accumulate) {
+  ParallelFlat(n, [=](int64_t begin, int64_t end) {
+    if (accumulate)
+      Map<float>(
+          end - begin, [](auto, auto a, auto b) { return hn::Add(a, b); }, to + begin, from + begin,
+          const_cast<const BF16*>(to) + begin);
+    else
+      Map<float>(
+          end - begin, [](auto, auto a) { return a; }, to + begin, from + begin);
+  });
+}
+
+}  // namespace shoal::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace shoal::kernels::cpu {
+namespace {
+
+HWY_EXPORT(Pass1);
+HWY_EXPORT(Pass2);
+HWY_EXPORT(Narrow);
+
+constexpr const char* kOp = "linear_cross_entropy";
+
+// Equal blocks of the vocabulary, a multiple of 64 wide: large enough for the products, small
+// enough that the logits of 256 tokens stay in the last level cache.
+int64_t BlockWidth(int64_t vocab) {
+  constexpr int64_t kTarget = 4096, kStep = 64;
+  const int64_t blocks = std::max<int64_t>(1, (vocab + kTarget - 1) / kTarget);
+  return ((vocab + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
+}
+
+// Number of rows that count. Fills `valid` with their indices.
+int64_t FindValid(const View& labels, int64_t vocab, int32_t* valid) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < labels.numel(); ++i) {
+    const int32_t label = labels.as<const int32_t>()[i];
+    if (label >= vocab)
+      SHOAL_FAIL(ErrorKind::kData, kOp,
+                 "row {} has label {}, but the vocabulary has {} entries: the data was made with "
+                 "another tokenizer, or the model's vocab is too small",
+                 i, label, vocab);
+    if (label >= 0) valid[count++] = static_cast<int32_t>(i);
+  }
+  return count;
+}
+
+void CopyRow(const View& to, int64_t to_row, const View& from, int64_t from_row) {
+  const size_t bytes = static_cast<size_t>(from.dim(1)) * SizeOf(from.dtype);
+  if (bytes)
+    std::memcpy(to.as<char>() + bytes * static_cast<size_t>(to_row),
+                from.as<char>() + bytes * static_cast<size_t>(from_row), bytes);
+}
+
+void SetZero(const View& v) {
+  if (v.bytes()) std::memset(v.data, 0, v.bytes());
+}
+
+}  // namespace
+
+void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx, const View& dw,
+                        bool accumulate_dw, const View& x, const View& w, const View& labels,
+                        const LinearCrossEntropyOptions& options) {
+  CheckRank(kOp, "x", x, 2);
+  CheckRank(kOp, "w", w, 2);
+  const int64_t tokens = x.dim(0), depth = x.dim(1), vocab = w.dim(0);
+  const DType type = x.dtype, sum_type = AccumulatorDType(type);
+  CheckArray(kOp, "x", x, {tokens, depth}, type);
+  CheckArray(kOp, "w", w, {vocab, depth}, type);
+  CheckArray(kOp, "labels", labels, {tokens}, DType::kI32);
+  CheckArray(kOp, "losses", losses, {tokens}, sum_type);
+  if (dx) CheckArray(kOp, "dx", dx, {tokens, depth}, type);
+  if (dw) CheckArray(kOp, "dw", dw, {vocab, depth}, dw.dtype == sum_type ? sum_type : type);
+  SHOAL_CHECK(IsFloat(type) && type != DType::kF16, kOp, "computes in f64, f32 or bf16, not {}",
+              Name(type));
+  SHOAL_CHECK(options.chunk_tokens >= 1, kOp, "chunk_tokens is {}", options.chunk_tokens);
+
+  const Scratch valid_memory(stream, sizeof(int32_t) * 2 * static_cast<size_t>(tokens));
+  int32_t* valid = valid_memory.as<int32_t>();
+  const int64_t count = FindValid(labels, vocab, valid);
+  const bool all = count == tokens;
+  int32_t* valid_labels = valid + tokens;
+  for (int64_t i = 0; i < count; ++i) valid_labels[i] = labels.as<const int32_t>()[valid[i]];
+  if (!all) {
+    SetZero(losses);
+    if (dx) SetZero(dx);
+  }
+  if (count == 0) {
+    if (dw && !accumulate_dw) SetZero(dw);
+    return;
+  }
+
+  const int64_t chunk = std::min(options.chunk_tokens, count), width = BlockWidth(vocab);
+  const int64_t blocks = (vocab + width - 1) / width;
+  const bool backward = dx || dw, narrow = type == DType::kBF16;
+  // dx is summed over blocks, dw over chunks, both in f32: in place where they are f32 themselves.
+  const bool dx_direct = all && (!narrow || blocks == 1);
+  const bool dw_direct = dw.dtype == sum_type || count <= chunk;
+  auto bytes = [](DType dtype, int64_t rows, int64_t columns) {
+    return SizeOf(dtype) * static_cast<size_t>(rows * columns);
+  };
+  const Scratch row_memory(stream, sizeof(Row) * static_cast<size_t>(chunk));
+  const Scratch max_memory(stream, bytes(sum_type, blocks, chunk));
+  const Scratch logits_memory(stream, bytes(sum_type, chunk, backward ? vocab : width));
+  const Scratch dlogits_memory(stream, backward && narrow ? bytes(type, chunk, width) : 0);
+  const Scratch x_memory(stream, all ? 0 : bytes(type, chunk, depth));
+  const DType dx_type = blocks == 1 ? type : sum_type;  // of the sum over blocks
+  const Scratch dx_memory(stream, dx && !dx_direct ? bytes(dx_type, chunk, depth) : 0);
+  const Scratch dx_narrow_memory(
+      stream, dx && !dx_direct && dx_type != type && !all ? bytes(type, chunk, depth) : 0);
+  const Scratch dw_memory(stream, dw && !dw_direct ? bytes(sum_type, vocab, depth) : 0);
+  Row* rows = row_memory.as<Row>();
+
+  for (int64_t begin = 0; begin < count; begin += chunk) {
+    const int64_t n = std::min(chunk, count - begin);
+    View xc = all ? x.Narrow(0, begin, n) : View(x_memory.as<void>(), type, {n, depth});
+    if (!all)
+      for (int64_t r = 0; r < n; ++r) CopyRow(xc, r, x, valid[begin + r]);
+    std::fill(rows, rows + n, Row{});
+    auto block_at = [&](int64_t b) {
+      const int64_t first = b * width, columns = std::min(width, vocab - first);
+      char* logits = logits_memory.as<char>() + (backward ? bytes(sum_type, n, first) : 0);
+      return Block{n, first, columns, logits, valid_labels + begin};
+    };
+    auto block_max = [&](int64_t b) { return max_memory.as<char>() + bytes(sum_type, b, chunk); };
+
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_at(b);
+      Matmul(stream, View(block.logits, sum_type, {n, block.width}), xc,
+             w.Narrow(0, block.first, block.width).Transposed(), {}, 0);
+      HWY_DYNAMIC_DISPATCH(Pass1)(sum_type, block, rows, block_max(b));
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const double loss = std::log(rows[r].sum) + (rows[r].max - rows[r].label_logit);
+      const int64_t to = all ? begin + r : valid[begin + r];
+      if (sum_type == DType::kF64)
+        losses.as<double>()[to] = loss;
+      else
+        losses.as<float>()[to] = static_cast<float>(loss);
+    }
+    if (!backward) continue;
+
+    const View dx_sum = dx_direct ? (dx ? dx.Narrow(0, begin, n) : View())
+                                  : View(dx_memory.as<void>(), dx_type, {n, depth});
+    const View dw_sum = dw_direct ? dw : View(dw_memory.as<void>(), sum_type, {vocab, depth});
+    const bool add_dw = begin > 0 || (dw_direct && accumulate_dw);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_at(b);
+      void* dlogits = narrow ? dlogits_memory.as<void>() : block.logits;
+      HWY_DYNAMIC_DISPATCH(Pass2)
+      (sum_type, type, block, rows, block_max(b), options.gradient_scale, dlogits);
+      const View d(dlogits, type, {n, block.width});
+      if (dx) Matmul(stream, dx_sum, d, w.Narrow(0, block.first, block.width), {}, b > 0 ? 1 : 0);
+      if (dw)
+        Matmul(stream, dw_sum.Narrow(0, block.first, block.width), d.Transposed(), xc, {},
+               add_dw ? 1 : 0);
+    }
+    if (!dx || dx_direct) continue;
+    View from = dx_sum;
+    if (dx_type != type) {
+      from = all ? dx.Narrow(0, begin, n) : View(dx_narrow_memory.as<void>(), type, {n, depth});
+      HWY_DYNAMIC_DISPATCH(Narrow)
+      (from.as<BF16>(), dx_sum.as<const float>(), n * depth, false);
+    }
+    if (!all)
+      for (int64_t r = 0; r < n; ++r) CopyRow(dx, valid[begin + r], from, r);
+  }
+  if (dw && !dw_direct) {
+    HWY_DYNAMIC_DISPATCH(Narrow)
+    (dw.as<BF16>(), dw_memory.as<const float>(), vocab * depth, accumulate_dw);
+  }
+}
+
+}  // namespace shoal::kernels::cpu
+#endif
