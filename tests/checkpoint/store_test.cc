@@ -1,0 +1,185 @@
+#include "checkpoint/store.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+#include "core/base/error.h"
+
+namespace shoal {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Store : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    directory_ = fs::temp_directory_path() / fmt::format("shoal_store_{}_{}", getpid(), counter_++);
+    fs::create_directories(directory_);
+  }
+  void TearDown() override { fs::remove_all(directory_); }
+
+  static StateDict State(double value) {
+    StateDict state;
+    for (DType dtype : {DType::kF64, DType::kF32, DType::kBF16, DType::kI64}) {
+      const Dims shape = dtype == DType::kF64 ? Dims{3, 5} : Dims{7};
+      state.push_back({fmt::format("model/{}.weight", Name(dtype)),
+                       Tensor::Full(shape, dtype, value), shape,
+                       shape.rank() == 2 ? Dims{0, 0} : Dims{0}});
+    }
+    state.push_back({"optim/m/empty", Tensor::Empty({0}, DType::kF32), {0}, {0}});
+    return state;
+  }
+
+  std::string Save(int64_t step, double value) {
+    return SaveState(directory_, {step, step * 10, "a = 1\n", "fingerprint"}, State(value));
+  }
+
+  // The message of the error that f throws.
+  template <class F>
+  static std::string ErrorOf(F&& f) {
+    try {
+      f();
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::kStorage);
+      return e.message();
+    }
+    ADD_FAILURE() << "no error";
+    return "";
+  }
+
+  fs::path directory_;
+  static inline int counter_ = 0;
+};
+
+TEST_F(Store, RoundTripIsBitwise) {
+  const std::string path = Save(42, 1.5);
+  EXPECT_EQ(fs::path(path).filename(), "step-00000042");
+  const StateDict loaded = State(0);
+  LoadState(path, loaded);
+  for (const StateEntry& entry : loaded) {
+    for (double v : entry.tensor.ToVector())
+      EXPECT_EQ(v, entry.tensor.dtype() == DType::kI64 ? 1 : 1.5) << entry.name;
+  }
+  const SaveInfo info = ReadSaveInfo(path);
+  EXPECT_EQ(info.step, 42);
+  EXPECT_EQ(info.tokens, 420);
+  EXPECT_EQ(info.config, "a = 1\n");
+  EXPECT_EQ(info.data_fingerprint, "fingerprint");
+  VerifySave(path);
+  for (const auto& entry : fs::directory_iterator(directory_))
+    EXPECT_EQ(entry.path(), path) << "left behind";
+}
+
+TEST_F(Store, ASliceLoadsItsPart) {
+  std::vector<double> values(15);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(i);
+  const std::string path = SaveState(
+      directory_, {}, {{"model/w", Tensor::From(values, {3, 5}), Dims{3, 5}, Dims{0, 0}}});
+  const Tensor slice = Tensor::Empty({2, 2}, DType::kF32);
+  LoadState(path, {{"model/w", slice, Dims{3, 5}, Dims{1, 3}}});
+  EXPECT_EQ(slice.ToVector(), (std::vector<double>{8, 9, 13, 14}));
+}
+
+TEST_F(Store, ListsNewestFirstAndPrunes) {
+  Save(1, 1);
+  Save(20, 1);
+  Save(3, 1);
+  fs::create_directory(directory_ / "step-00000099.partial");
+  fs::create_directory(directory_ / "step-x");
+  std::vector<int64_t> steps;
+  for (const SaveEntry& entry : ListSaves(directory_)) steps.push_back(entry.step);
+  EXPECT_EQ(steps, (std::vector<int64_t>{20, 3, 1}));
+  PruneSaves(directory_, 2);
+  EXPECT_EQ(ListSaves(directory_).size(), 2u);
+  PruneSaves(directory_, 0);
+  ASSERT_EQ(ListSaves(directory_).size(), 1u);
+  EXPECT_EQ(ListSaves(directory_)[0].step, 20);
+}
+
+TEST_F(Store, SavingAStepAgainReplacesIt) {
+  Save(5, 1);
+  const std::string path = Save(5, 2);
+  const StateDict loaded = State(0);
+  LoadState(path, loaded);
+  EXPECT_EQ(loaded[0].tensor.ToVector()[0], 2);
+}
+
+// Any byte of the tensors that changes is found, and the tensor named.
+TEST_F(Store, AFlippedBitIsFound) {
+  const std::string path = Save(1, 1.5);
+  const fs::path file = fs::path(path) / "state.h5";
+  std::fstream bytes(file, std::ios::in | std::ios::out | std::ios::binary);
+  std::string content((std::istreambuf_iterator<char>(bytes)), std::istreambuf_iterator<char>());
+  // The bits of 1.5 in f64, fifteen times in a row.
+  std::string pattern(8, '\0');
+  const double value = 1.5;
+  std::memcpy(pattern.data(), &value, 8);
+  const size_t at = content.find(pattern);
+  ASSERT_NE(at, std::string::npos);
+  bytes.seekp(static_cast<std::streamoff>(at));
+  bytes.put(static_cast<char>(content[at] ^ 1));
+  bytes.close();
+  EXPECT_NE(ErrorOf([&] { VerifySave(path); }).find("model/f64.weight"), std::string::npos);
+  EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }).find("model/f64.weight"),
+            std::string::npos);
+}
+
+TEST_F(Store, TruncatedAndMissingFilesAreNamed) {
+  const std::string path = Save(1, 1);
+  fs::resize_file(fs::path(path) / "state.h5", 1000);
+  EXPECT_NE(ErrorOf([&] { VerifySave(path); }).find("state.h5"), std::string::npos);
+  fs::remove(fs::path(path) / "state.h5");
+  EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }).find("state.h5"), std::string::npos);
+  std::ofstream(fs::path(path) / "manifest.json") << "{\"format\":";
+  EXPECT_NE(ErrorOf([&] { ReadSaveInfo(path); }).find("damaged"), std::string::npos);
+  std::ofstream(fs::path(path) / "manifest.json") << "{\"format\": 99}";
+  EXPECT_NE(ErrorOf([&] { ReadSaveInfo(path); }).find("format 99"), std::string::npos);
+  EXPECT_NE(ErrorOf([&] { ReadSaveInfo((directory_ / "none").string()); }).find("not a save"),
+            std::string::npos);
+}
+
+TEST_F(Store, OtherShapesAndNamesAreNamed) {
+  const std::string path = Save(1, 1);
+  EXPECT_NE(ErrorOf([&] {
+              LoadState(path, {{"model/f64.weight", Tensor::Empty({4}, DType::kF64), {4}, {0}}});
+            }).find("shape [3, 5]"),
+            std::string::npos);
+  EXPECT_NE(ErrorOf([&] {
+              LoadState(path, {{"model/other", Tensor::Empty({4}, DType::kF64), {4}, {0}}});
+            }).find("model/other"),
+            std::string::npos);
+}
+
+// A save that cannot be written leaves the earlier ones and no trace of itself.
+TEST_F(Store, AFullDiskLosesNothing) {
+  const std::string good = Save(1, 1);
+  const StateDict large = {
+      {"model/w", Tensor::Full({1 << 18}, DType::kF32, 1), Dims{1 << 18}, Dims{0}}};
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit old_limit;
+  getrlimit(RLIMIT_FSIZE, &old_limit);
+  rlimit limit = old_limit;
+  limit.rlim_cur = 100000;
+  setrlimit(RLIMIT_FSIZE, &limit);
+  const std::string message = ErrorOf([&] { SaveState(directory_, {2, 0, "", ""}, large); });
+  setrlimit(RLIMIT_FSIZE, &old_limit);
+  EXPECT_NE(message.find("step-00000002"), std::string::npos) << message;
+  EXPECT_EQ(ListSaves(directory_).size(), 1u);
+  EXPECT_EQ(std::distance(fs::directory_iterator(directory_), fs::directory_iterator()), 1);
+  VerifySave(good);
+}
+
+TEST_F(Store, SpaceIsCheckedBefore) {
+  CheckFreeSpace(directory_, 1);
+  EXPECT_NE(ErrorOf([&] { CheckFreeSpace(directory_, int64_t{1} << 60); }).find("free"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace shoal

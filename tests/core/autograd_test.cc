@@ -1,0 +1,131 @@
+#include "core/autograd.h"
+
+#include <gtest/gtest.h>
+
+#include "core/ops.h"
+#include "tests/core/gradient_check.h"
+
+namespace shoal {
+namespace {
+
+using testing::RandomTensor;
+using testing::Variable;
+
+TEST(Autograd, AccumulatesOverBackwards) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  for (int i = 0; i < 3; ++i) Backward(ops::Multiply(x.Use(), x.Use()));
+  EXPECT_DOUBLE_EQ(x.leaf->grad.Item(), 12);
+}
+
+TEST(Autograd, HooksSeeEveryShareAndTheLastAsFinal) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  std::string seen;
+  x.leaf->hooks.push_back([&](GradEvent e) { seen += e == GradEvent::kFinal ? "F" : "s"; });
+  x.leaf->hooks.push_back([&](GradEvent e) { seen += e == GradEvent::kFinal ? "f" : "S"; });
+  BackwardOptions more;
+  more.final_micro_batch = false;
+  Backward(ops::Add(x.Use(), ops::Scale(x.Use(), 2)), {}, more);
+  EXPECT_EQ(seen, "sS");  // once, though x is used twice
+  Backward(ops::Scale(x.Use(), 2));
+  EXPECT_EQ(seen, "sSsSFf");
+  EXPECT_DOUBLE_EQ(x.leaf->grad.Item(), 5);
+}
+
+TEST(Autograd, NoGradRecordsNothing) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  const NoGrad no_grad;
+  EXPECT_EQ(ops::Scale(x.Use(), 2).node(), nullptr);
+}
+
+TEST(Autograd, AGraphIsUsedOnce) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  const Tensor y = ops::Scale(x.Use(), 2);
+  Backward(y);
+  EXPECT_THROW(Backward(y), Error);
+  EXPECT_THROW(Backward(x.value), Error);  // depends on nothing
+}
+
+TEST(Autograd, DeepGraphsNeitherRunNorDieByRecursion) {
+  const Variable x(Tensor::From(std::vector<double>{1}, {1}));
+  Tensor y = x.Use();
+  for (int i = 0; i < 200000; ++i) y = ops::Scale(y, 1);
+  Tensor dropped = x.Use();
+  for (int i = 0; i < 200000; ++i) dropped = ops::Scale(dropped, 1);
+  Backward(y);
+  EXPECT_DOUBLE_EQ(x.leaf->grad.Item(), 1);
+}
+
+// The halves of a split backward together are the whole, and the first half leaves weights alone.
+TEST(Autograd, SplitBackwardEqualsWhole) {
+  const auto build = [](const std::vector<Variable>& v) {
+    const Tensor h =
+        ops::Linear(ops::RmsNorm(v[0].Use(), v[1].Use(), 1e-5), v[2].Use(), v[3].Use());
+    return ops::Linear(ops::SwiGlu(h, ops::Scale(h, 0.5)), v[2].Use());
+  };
+  const auto variables = [] {
+    return std::vector<Variable>{Variable(RandomTensor({3, 4}, 1)), Variable(RandomTensor({4}, 2)),
+                                 Variable(RandomTensor({4, 4}, 3)), Variable(RandomTensor({4}, 4))};
+  };
+  const Tensor weights = RandomTensor({3, 4}, 9);
+  const std::vector<Variable> whole = variables(), split = variables();
+  Backward(build(whole), weights);
+
+  // v[0] enters as an activation: its gradient belongs to the first half.
+  DeferredGradients deferred;
+  int fired = 0;
+  split[2].leaf->hooks.push_back([&](GradEvent) { ++fired; });
+  BackwardOptions options;
+  options.deferred = &deferred;
+  Backward(build(split), weights, options);
+  EXPECT_FALSE(split[2].leaf->grad.defined());
+  EXPECT_EQ(fired, 0);
+  EXPECT_FALSE(deferred.empty());
+  deferred.Run();
+  EXPECT_EQ(fired, 2);  // a share, and final
+  for (size_t i = 0; i < whole.size(); ++i) {
+    EXPECT_EQ(whole[i].leaf->grad.ToVector(), split[i].leaf->grad.ToVector()) << i;
+  }
+}
+
+TEST(Autograd, SavedTensorHooksReplaceWhatIsKept) {
+  int packed = 0, unpacked = 0;
+  const Variable x(RandomTensor({4}, 1)), w(RandomTensor({4}, 2));
+  Tensor y;
+  {
+    const SavedTensorScope scope({[&](const Tensor& t) -> std::any {
+                                    ++packed;
+                                    return t.Clone();
+                                  },
+                                  [&](const std::any& kept) {
+                                    ++unpacked;
+                                    return std::any_cast<Tensor>(kept);
+                                  }});
+    y = ops::Multiply(ops::Scale(x.Use(), 2), w.Use());
+  }
+  // The parameter w is not an activation: only Scale's result was packed.
+  EXPECT_EQ(packed, 1);
+  Backward(ops::Sum(y));
+  EXPECT_EQ(unpacked, 1);
+  const std::vector<double> wv = w.value.ToVector(), g = x.leaf->grad.ToVector();
+  for (size_t i = 0; i < g.size(); ++i) EXPECT_DOUBLE_EQ(g[i], 2 * wv[i]);
+}
+
+TEST(Autograd, ActivationsAreFreedAsBackwardGoes) {
+  ExecutionContext context(Device{});
+  const ContextScope scope(context);
+  const Variable x(RandomTensor({1000}, 1));
+  const auto live = [&] {
+    return context.allocator()->stats().live[static_cast<int>(MemoryClass::kActivations)];
+  };
+  const int64_t before = live();
+  {
+    Tensor y = x.Use();
+    for (int i = 0; i < 10; ++i) y = ops::Gelu(y);
+    EXPECT_EQ(live() - before, 10 * 8000);
+    Backward(y, Tensor::Full({1000}, DType::kF64, 1));
+  }
+  EXPECT_EQ(live(), before);
+}
+
+}  // namespace
+}  // namespace shoal
