@@ -1,9 +1,16 @@
 #include "launch/bootstrap.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
+#include "core/base/build_config.h"
+#include "core/base/thread_count.h"
 #include "core/context.h"
+#include "kernels/cuda_runtime.h"
+#include "launch/failure.h"
 
 namespace shoal {
 namespace {
@@ -21,9 +28,108 @@ Launcher DetectLauncher() {
     return {true, Number("OMPI_COMM_WORLD_RANK", 0), size};
   }
   if (std::getenv("PMIX_RANK") != nullptr || std::getenv("PMI_RANK") != nullptr) {
-    return {true, Number("SLURM_PROCID", Number("PMIX_RANK", 0)), Number("SLURM_NTASKS", Number("PMI_SIZE", 1))};
+    return {true, Number("SLURM_PROCID", Number("PMIX_RANK", 0)),
+            Number("SLURM_NTASKS", Number("PMI_SIZE", 1))};
   }
   return {};
+}
+
+namespace {
+
+// An error that all ranks have: they end in order, and one of them prints it.
+class CommonError : public Error {
+ public:
+  using Error::Error;
+};
+
+Device DeviceFor(const std::string& name, int local_rank) {
+  if (name == "cpu") return {};
+  if (name != "cuda")
+    SHOAL_FAIL(ErrorKind::kConfig, "command line", "--device {} is not cpu or cuda", name);
+  if constexpr (kHaveCuda) {
+    const int devices = cuda::DeviceCount();
+    if (local_rank < devices) return {DeviceType::kCuda, local_rank};
+    SHOAL_FAIL(ErrorKind::kConfig, "command line",
+               "--device cuda: rank {} of this host finds {} device{}", local_rank, devices,
+               devices == 1 ? "" : "s");
+  }
+  SHOAL_FAIL(ErrorKind::kConfig, "command line", "--device cuda: this build has no CUDA");
+}
+
+// A launcher may leave every rank free to use all cores: then they share them.
+void ShareCores() {
+  if (std::getenv("OMP_NUM_THREADS") != nullptr) return;
+  const int local_size = Number("OMPI_COMM_WORLD_LOCAL_SIZE", Number("SLURM_NTASKS_PER_NODE", 1));
+  const int mine = KernelThreads(), all = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  if (mine == all && local_size > 1) SetKernelThreads(std::max(1, all / local_size));
+}
+
+int Guarded(Communicator& communicator, const std::function<int()>& f) {
+  try {
+    return f();
+  } catch (const CommonError& e) {
+    if (communicator.rank() == 0) PrintError(e);
+    return static_cast<int>(e.kind());
+  } catch (const Error& e) {
+    PrintError(e);
+    communicator.Abort(static_cast<int>(e.kind()));
+    return static_cast<int>(e.kind());
+  }
+}
+
+}  // namespace
+
+int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>& f) {
+  const Launcher launcher = DetectLauncher();
+  try {
+    if (options.local_ranks < 1) {
+      SHOAL_FAIL(ErrorKind::kConfig, "command line", "--local-ranks {} is not positive",
+                 options.local_ranks);
+    }
+    if (options.local_ranks > 1) {
+      if (launcher.size > 1) {
+        SHOAL_FAIL(
+            ErrorKind::kConfig, "command line",
+            "--local-ranks {} under a launcher that started {} processes: use one of the two",
+            options.local_ranks, launcher.size);
+      }
+      if (options.device != "cpu") {
+        SHOAL_FAIL(ErrorKind::kConfig, "command line",
+                   "--local-ranks are threads on the CPU, not on {}", options.device);
+      }
+      SetFailureContext([&](FailureContext& context) {
+        context.ranks = options.local_ranks;
+        context.threads = true;
+      });
+      int code = 0;
+      RunThreadRanks(options.local_ranks, 0, [&](Communicator& communicator) {
+        const int mine = f(communicator);
+        if (communicator.rank() == 0) code = mine;
+      });
+      return code;
+    }
+    const std::unique_ptr<Communicator> communicator =
+        launcher.size > 1 ? MakeMpiCommunicator() : MakeSelfCommunicator();
+    SetThreadRank(communicator->rank());
+    SetFailureContext([&](FailureContext& context) {
+      context.ranks = communicator->size();
+      if (launcher.size > 1) context.launcher = fmt::format("mpirun -n {} ", launcher.size);
+    });
+    if (launcher.size > 1) ShareCores();
+    return Guarded(*communicator, [&] {
+      Device device;
+      Agree(*communicator, [&] {
+        device = DeviceFor(options.device,
+                           Number("OMPI_COMM_WORLD_LOCAL_RANK", Number("SLURM_LOCALID", 0)));
+      });
+      ExecutionContext context(device);
+      const ContextScope scope(context);
+      return f(*communicator);
+    });
+  } catch (const Error& e) {
+    if (launcher.rank == 0) PrintError(e);
+    return static_cast<int>(e.kind());
+  }
 }
 
 void Agree(Communicator& communicator, const std::function<void()>& f) {
@@ -33,7 +139,6 @@ void Agree(Communicator& communicator, const std::function<void()>& f) {
     f();
   } catch (const Error& e) {
     mine = fmt::format("{}\n{}\n{}", static_cast<int>(e.kind()), e.op(), e.message());
-    if (communicator.size() == 1) throw;
   }
   const std::vector<std::string> all = communicator.AllGatherStrings(mine);
   for (size_t r = 0; r < all.size(); ++r) {
@@ -42,7 +147,8 @@ void Agree(Communicator& communicator, const std::function<void()>& f) {
     const auto kind = static_cast<ErrorKind>(std::stoi(all[r].substr(0, first)));
     std::string message = all[r].substr(second + 1);
     if (r > 0) message += fmt::format(" (found by rank {})", r);
-    throw Error(kind, all[r].substr(first + 1, second - first - 1), message, __FILE__, __LINE__);
+    throw CommonError(kind, all[r].substr(first + 1, second - first - 1), message, __FILE__,
+                      __LINE__);
   }
 }
 

@@ -1,5 +1,5 @@
-// Requests that arrive as signals. One flag per signal: a launcher may follow one signal with another at
-// once, or send the same one twice.
+// Requests that arrive as signals. One flag per signal: a launcher may follow one signal with
+// another at once, or send the same one twice.
 #pragma once
 
 namespace shoal {

@@ -1,7 +1,6 @@
 #include "launch/training_step.h"
 
 #include "core/init.h"
-#include "core/state_dict.h"
 
 namespace shoal {
 
@@ -56,8 +55,8 @@ double TrainingStep::SumLoss(const Batch& batch) {
 StateDict TrainingStep::State() {
   StateDict state = ModelState(*model_);
   for (const Optimizer::State& s : optimizer_->States()) {
-    state.push_back(
-        {"optim/" + s.name + "/" + s.parameter->name(), s.tensor, s.parameter->global_shape(), s.parameter->offset()});
+    state.push_back({"optim/" + s.name + "/" + s.parameter->name(), s.tensor,
+                     s.parameter->global_shape(), s.parameter->offset()});
   }
   return state;
 }

@@ -1,5 +1,5 @@
-// One optimizer step: forward and backward over micro-batches, the gradient's sum over ranks, clipping,
-// the update. Knows models, data parallelism and optimizers; no files, no configuration.
+// One optimizer step: forward and backward over micro-batches, the gradient's sum over ranks,
+// clipping, the update. Knows models, data parallelism and optimizers; no files, no configuration.
 #pragma once
 
 #include <memory>
@@ -15,7 +15,7 @@ namespace shoal {
 
 struct TrainingOptions {
   ModelConfig model;
-  DType compute = DType::kF32;    // of parameters and activations; f32 and f64 are their own masters
+  DType compute = DType::kF32;  // of parameters and activations; f32 and f64 are their own masters
   DType gradients = DType::kF32;  // of parameters' gradients
   UpdateRuleOptions rule;
   double clip = 0;  // global norm; 0: never

@@ -4,6 +4,7 @@
 #include "parallel/communicator.h"
 
 #ifdef SHOAL_WITH_MPI
+#define OMPI_SKIP_MPICXX 1  // the C++ bindings would need a library of their own
 #include <mpi.h>
 
 #include <algorithm>

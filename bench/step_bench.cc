@@ -1,0 +1,142 @@
+// Training steps on random tokens: our arm of bench/step_bench.py. Prints one JSON line.
+#include <sys/resource.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "core/base/thread_count.h"
+#include "kernels/matmul.h"
+#include "launch/bootstrap.h"
+#include "launch/config.h"
+#include "launch/session.h"
+#include "models/presets.h"
+
+namespace {
+
+using namespace shoal;  // NOLINT: a program
+using Clock = std::chrono::steady_clock;
+
+double Since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+Batch RandomBatch(int64_t count, int64_t length, int64_t vocab, uint32_t seed) {
+  std::mt19937 random(seed);
+  Batch batch;
+  batch.count = count;
+  batch.length = length;
+  batch.labelled = count * length;
+  for (int64_t i = 0; i < count * length; ++i) {
+    batch.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
+    batch.labels.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
+    batch.positions.push_back(static_cast<int32_t>(i % length));
+    batch.token_numbers.push_back(i);
+  }
+  return batch;
+}
+
+// The best of several products of a size that every library likes.
+double GemmGflops(DType dtype) {
+  constexpr int64_t kM = 1024, kK = 768, kN = 3072;
+  const Tensor a = Tensor::Full({kM, kK}, dtype, 0.5), b = Tensor::Full({kN, kK}, dtype, 0.25);
+  const Tensor d = Tensor::Empty({kM, kN}, dtype);
+  const Stream& stream = ExecutionContext::Current().stream();
+  double best = 1e9;
+  for (int i = 0; i < 20; ++i) {
+    const auto begin = Clock::now();
+    kernels::Matmul(stream, d.view(), a.view(), b.view().Transposed(), {}, 0);
+    ExecutionContext::Current().Synchronize();
+    best = std::min(best, Since(begin));
+  }
+  return 2.0 * kM * kK * kN / best / 1e9;
+}
+
+struct Options {
+  std::string model = "llama-60m", precision = "fp32";
+  int64_t batch = 4, length = 256, micro_batches = 1;
+  int threads = 0, steps = 10, warmup = 2;
+  RunOptions run;
+};
+
+int Measure(const Options& o, Communicator& communicator) {
+  Config config;
+  config.precision.compute = o.precision;
+  BatchPlan plan;
+  plan.micro_batches = o.micro_batches;
+  const ModelConfig* preset = FindPreset(o.model);
+  if (preset == nullptr) SHOAL_FAIL(ErrorKind::kConfig, "bench", "no preset {}", o.model);
+  TrainingOptions training;
+  training.model = *preset;
+  training.model.context = std::max(preset->context, o.length);
+  training.compute = ComputeDType(config);
+  training.gradients = o.micro_batches > 1 ? AccumulatorDType(training.compute) : training.compute;
+  training.rule.weight_decay = 0.1;
+  training.clip = 1;
+  if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
+  TrainingStep step(training, communicator);
+  const int64_t share = o.batch / communicator.size() / o.micro_batches;
+  std::vector<Batch> batches;
+  for (int64_t i = 0; i < o.micro_batches; ++i) {
+    batches.push_back(RandomBatch(share, o.length, training.model.vocab,
+                                  static_cast<uint32_t>(communicator.rank() * 1000 + i)));
+  }
+  std::vector<double> seconds;
+  KernelProfile profile;
+  for (int i = 0; i < o.warmup + o.steps; ++i) {
+    if (i == o.warmup) {
+      ExecutionContext::Current().set_profile(&profile);
+      communicator.set_profile(&profile);
+    }
+    const auto begin = Clock::now();
+    step.Run(batches, 1e-4);
+    ExecutionContext::Current().Synchronize();
+    if (i >= o.warmup) seconds.push_back(Since(begin));
+  }
+  ExecutionContext::Current().set_profile(nullptr);
+  communicator.set_profile(nullptr);
+  double all = 0;
+  for (double s : seconds) all += s;
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  const double gemm = GemmGflops(training.compute);
+  if (communicator.rank() != 0) return 0;
+  std::sort(seconds.begin(), seconds.end());
+  const double tokens = static_cast<double>(o.batch * o.length);
+  const MemoryStats memory = ExecutionContext::Current().allocator()->stats();
+  nlohmann::ordered_json json = {{"model", o.model},
+                                 {"batch", o.batch},
+                                 {"sequence_length", o.length},
+                                 {"precision", o.precision},
+                                 {"threads", KernelThreads() * communicator.size()},
+                                 {"ranks", communicator.size()},
+                                 {"tokens_per_second", tokens / seconds[seconds.size() / 2]},
+                                 {"tokens_per_second_best", tokens / seconds[0]},
+                                 {"peak_rss_mb", static_cast<double>(usage.ru_maxrss) / 1024},
+                                 {"allocator_peak_mb", static_cast<double>(memory.peak_total) / (1 << 20)},
+                                 {"gemm_gflops", gemm}};
+  for (const auto& [name, s] : profile.parts()) json["percent"][name] = 100 * s / all;
+  json["percent"]["host"] = 100 * (all - profile.total()) / all;
+  std::cout << json.dump() << std::endl;
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options o;
+  CLI::App app("Training steps on random tokens");
+  app.add_option("--model", o.model);
+  app.add_option("--batch", o.batch);
+  app.add_option("--sequence-length", o.length);
+  app.add_option("--precision", o.precision)->check(CLI::IsMember({"fp32", "bf16", "fp64"}));
+  app.add_option("--micro-batches", o.micro_batches);
+  app.add_option("--threads", o.threads, "over all ranks; 0: all cores");
+  app.add_option("--steps", o.steps)->check(CLI::PositiveNumber);
+  app.add_option("--warmup", o.warmup);
+  app.add_option("--local-ranks", o.run.local_ranks);
+  app.add_option("--device", o.run.device);
+  CLI11_PARSE(app, argc, argv);
+  return RunRanks(o.run, [&](Communicator& communicator) { return Measure(o, communicator); });
+}

@@ -1,0 +1,189 @@
+// The command line of the program. What the commands do is in commands.h.
+#include <CLI/CLI.hpp>
+#include <iostream>
+
+#include "core/base/build_config.h"
+#include "launch/commands.h"
+#include "launch/config.h"
+#include "launch/console.h"
+#include "launch/data_commands.h"
+#include "launch/failure.h"
+
+namespace {
+
+using namespace shoal;  // NOLINT: the program itself
+
+// Splits "CONFIG a.b=v c.d=w" in any order.
+ConfigArguments SplitArguments(const std::vector<std::string>& words) {
+  ConfigArguments arguments;
+  for (const std::string& word : words) {
+    if (IsOverride(word)) {
+      arguments.overrides.push_back(word);
+    } else if (arguments.file.empty()) {
+      arguments.file = word;
+    } else {
+      SHOAL_FAIL(ErrorKind::kConfig, "command line",
+                 "two configurations, {} and {}: an override is KEY=VALUE", arguments.file, word);
+    }
+  }
+  if (arguments.file.empty())
+    SHOAL_FAIL(ErrorKind::kConfig, "command line", "no configuration file is named");
+  return arguments;
+}
+
+class Program {
+ public:
+  Program() {
+    app_.require_subcommand(1);
+    app_.set_version_flag("--version", std::string("shoal ") + kVersion);
+    AddTrain();
+    AddResume();
+    AddPlan();
+    AddEval();
+    AddGenerate();
+    AddData();
+  }
+
+  int Run(int argc, char** argv) {
+    SetFailureContext([&](FailureContext& context) { context.program = argv[0]; });
+    try {
+      app_.parse(argc, argv);
+      if (json_) KeepStandardOutputForJson();
+      return command_();
+    } catch (const CLI::ParseError& e) {
+      const int code = app_.exit(e);  // prints the help, or what is wrong
+      return code == 0 ? 0 : static_cast<int>(ErrorKind::kConfig);
+    } catch (const Error& e) {
+      return PrintError(e);
+    } catch (const std::exception& e) {
+      return PrintError(Error(ErrorKind::kBug, "shoal", e.what(), __FILE__, __LINE__));
+    }
+  }
+
+ private:
+  CLI::App* Command(const char* name, const char* what, std::function<int()> run) {
+    CLI::App* command = app_.add_subcommand(name, what);
+    command->callback([this, run = std::move(run)] { command_ = run; });
+    return command;
+  }
+  void AddRanks(CLI::App* command) {
+    command->add_option("--local-ranks", ranks_.local_ranks, "ranks as threads of this process")
+        ->capture_default_str();
+    command->add_option("--device", ranks_.device, "cpu or cuda")->capture_default_str();
+  }
+  void AddConfig(CLI::App* command) {
+    command->add_option("config", words_, "configuration file (TOML), and overrides a.b=v")
+        ->required();
+    command->footer("Keys:\n" + ConfigHelp());
+  }
+  void AddJson(CLI::App* command) {
+    command->add_flag("--json", json_, "one JSON object on standard output");
+  }
+
+  void AddTrain() {
+    CLI::App* c = Command("train", "start a run", [this] {
+      const int code = TrainCommand(SplitArguments(words_), ranks_);
+      if (json_) std::cout << "{\"exit_code\": " << code << "}\n";
+      return code;
+    });
+    AddConfig(c);
+    AddRanks(c);
+    AddJson(c);
+  }
+  void AddResume() {
+    CLI::App* c = Command("resume", "go on with a run after its newest save", [this] {
+      const int code = ResumeCommand(path_, ranks_);
+      if (json_) std::cout << "{\"exit_code\": " << code << "}\n";
+      return code;
+    });
+    c->add_option("run", path_, "run directory")->required();
+    AddRanks(c);
+    AddJson(c);
+  }
+  void AddPlan() {
+    CLI::App* c = Command("plan", "what a run would take; starts nothing", [this] {
+      return PlanCommand(SplitArguments(words_), plan_ranks_, json_);
+    });
+    AddConfig(c);
+    c->add_option("--ranks", plan_ranks_, "ranks to plan for")->capture_default_str();
+    AddJson(c);
+  }
+  void AddEval() {
+    CLI::App* c = Command("eval", "mean loss of a trained model", [this] {
+      eval_.json = json_;
+      return EvalCommand(eval_, ranks_);
+    });
+    c->add_option("path", eval_.path, "run directory or save")->required();
+    c->add_option("--data", eval_.data, "text or tokens; left out: what the run held out");
+    c->add_option("--tokenizer", eval_.tokenizer, "left out: the run's");
+    c->add_option("--sequence-length", eval_.sequence_length, "left out: the run's");
+    c->add_option("--precision", eval_.precision, "fp32, bf16 or fp64; left out: the run's");
+    c->add_option("--batch", eval_.batch, "sequences per pass")
+        ->capture_default_str()
+        ->check(CLI::PositiveNumber);
+    AddRanks(c);
+    AddJson(c);
+  }
+  void AddGenerate() {
+    CLI::App* c = Command("generate", "text from a trained model", [this] {
+      generate_.json = json_;
+      return GenerateCommand(generate_, ranks_);
+    });
+    c->add_option("path", generate_.path, "run directory or save")->required();
+    c->add_option("--prompt", generate_.prompt, "the text that it goes on from");
+    c->add_option("--tokens", generate_.tokens, "at most so many")
+        ->capture_default_str()
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--temperature", generate_.temperature, "0: always the likeliest token")
+        ->capture_default_str()
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--top-k", generate_.top_k, "only of the k likeliest (0: all)")
+        ->capture_default_str()
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--top-p", generate_.top_p,
+                  "only of the likeliest that together have this probability")
+        ->capture_default_str()
+        ->check(CLI::Range(0.0, 1.0));
+    c->add_option("--seed", generate_.seed, "the same seed writes the same text")
+        ->capture_default_str();
+    c->add_option("--precision", generate_.precision, "fp32, bf16 or fp64; left out: the run's");
+    c->add_option("--device", ranks_.device, "cpu or cuda")->capture_default_str();
+    AddJson(c);
+  }
+  void AddData() {
+    CLI::App* data = app_.add_subcommand("data", "tokenize a corpus, or look into one");
+    data->require_subcommand(1);
+    CLI::App* build = data->add_subcommand("build", "text to tokens, once for all runs");
+    build->add_option("input", build_.input, "text file or directory of text")->required();
+    build->add_option("output", build_.output, "x.h5, or the prefix of a pair .bin and .idx")
+        ->required();
+    build->add_option("--tokenizer", build_.tokenizer, "bytes, or x.model")->capture_default_str();
+    build->add_option("--train-vocab", build_.train_vocab,
+                      "first train a SentencePiece model of so many pieces");
+    build->add_flag("--binary", build_.binary, "take any bytes as text");
+    build->add_flag("--overwrite", build_.overwrite, "replace an output that is there");
+    AddJson(build);
+    build->callback([this] { command_ = [this] { return DataBuildCommand(build_, json_); }; });
+    CLI::App* inspect = data->add_subcommand("inspect", "counts and decoded samples of a corpus");
+    inspect->add_option("path", path_, "text, x.h5, or the prefix of a pair .bin and .idx")
+        ->required();
+    inspect->add_option("--tokenizer", tokenizer_, "bytes, or x.model")->capture_default_str();
+    AddJson(inspect);
+    inspect->callback(
+        [this] { command_ = [this] { return DataInspectCommand(path_, tokenizer_, json_); }; });
+  }
+  CLI::App app_{"Shoal trains large models in little memory, on many ranks."};
+  std::function<int()> command_;
+  std::vector<std::string> words_;
+  std::string path_, tokenizer_ = "bytes";
+  RunOptions ranks_;
+  EvalOptions eval_;
+  GenerateArguments generate_;
+  BuildOptions build_;
+  int plan_ranks_ = 1;
+  bool json_ = false;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return Program().Run(argc, argv); }

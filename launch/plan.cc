@@ -1,0 +1,140 @@
+#include "launch/plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "launch/session.h"
+#include "launch/training_step.h"
+
+namespace shoal {
+namespace {
+
+// A batch of the right shape; on `meta` nobody reads it.
+Batch EmptyBatch(int64_t count, int64_t length, bool documents) {
+  Batch batch;
+  batch.count = count;
+  batch.length = length;
+  batch.labelled = count * length;
+  const auto n = static_cast<size_t>(count * length);
+  batch.tokens.resize(n);
+  batch.labels.resize(n);
+  batch.positions.resize(n);
+  batch.token_numbers.resize(n);
+  if (documents) batch.documents.resize(n);
+  return batch;
+}
+
+RankPlan PlanRank(const Config& config, const BatchPlan& batch, int rank, int ranks) {
+  ExecutionContext context(Device{DeviceType::kMeta});
+  const ContextScope scope(context);
+  const auto communicator = MakeMetaCommunicator(rank, ranks);
+  TrainingStep step(MakeTrainingOptions(config, batch), *communicator);
+  const std::vector<Batch> batches(
+      static_cast<size_t>(batch.micro_batches),
+      EmptyBatch(batch.micro, config.data.sequence_length, config.data.documents));
+  const int64_t before = communicator->wire_bytes(Traffic::kData);
+  step.Run(batches, config.optim.lr);
+  return {rank, context.allocator()->stats(), communicator->wire_bytes(Traffic::kData) - before};
+}
+
+double Mega(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
+
+}  // namespace
+
+int64_t Plan::peak() const {
+  int64_t peak = 0;
+  for (const RankPlan& rank : ranks) peak = std::max(peak, rank.memory.peak_total);
+  return peak;
+}
+
+bool Plan::fits() const { return peak() <= budget.value_or(available); }
+
+Plan MakePlan(const Config& config, int ranks) {
+  Plan plan;
+  plan.batch = CheckBatch(config, ranks);
+  plan.budget = config.memory.budget;
+  plan.available = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / ranks;
+  const ModelConfig model = ModelShape(config);
+  plan.parameters = ParameterCount(model);
+  plan.tokens_per_step = config.batch.sequences * config.data.sequence_length;
+  // Matrix products: everything but the tables that are only looked up; a tied head multiplies.
+  int64_t matmul = plan.parameters - (model.tied ? 0 : model.vocab * model.d_model);
+  if (model.family == "gpt2") matmul -= model.context * model.d_model;
+  const double attention = static_cast<double>(model.layers * model.heads * model.head_dim *
+                                               config.data.sequence_length);
+  plan.flops_per_token = 6.0 * static_cast<double>(matmul) + 6 * attention;
+  plan.flops_per_token_full = 6.0 * static_cast<double>(matmul) + 12 * attention;
+  // Replicas differ only in how many bytes a rank's shards have on the wire.
+  for (int rank = 0; rank < ranks; ++rank)
+    plan.ranks.push_back(PlanRank(config, plan.batch, rank, ranks));
+  return plan;
+}
+
+std::string PlanJson(const Plan& plan) {
+  using nlohmann::ordered_json;
+  ordered_json json;
+  json["ranks"] = ordered_json::array();
+  for (const RankPlan& rank : plan.ranks) {
+    ordered_json bytes;
+    for (int c = 0; c < kMemoryClasses; ++c)
+      bytes[Name(static_cast<MemoryClass>(c))] = rank.memory.peak[c];
+    bytes["peak"] = rank.memory.peak_total;
+    const ordered_json wire = {{"dp", rank.wire_bytes}, {"tp", 0}, {"pp", 0}, {"cp", 0}, {"ep", 0}};
+    json["ranks"].push_back({{"rank", rank.rank}, {"bytes", bytes}, {"wire_bytes", wire}});
+  }
+  json["bubble"] = 0.0;
+  json["fits"] = plan.fits();
+  json["parameters"] = plan.parameters;
+  json["tokens_per_step"] = plan.tokens_per_step;
+  json["micro_batches"] = plan.batch.micro_batches;
+  json["sequences_per_micro_batch"] = plan.batch.micro;
+  json["steps_per_epoch"] = plan.steps_per_epoch;
+  json["flops_per_token"] = plan.flops_per_token;
+  json["flops_per_token_full_attention"] = plan.flops_per_token_full;
+  return json.dump(2);
+}
+
+std::string PlanText(const Plan& plan, const Config& config) {
+  const BatchPlan& b = plan.batch;
+  std::string text;
+  const auto line = [&text](const std::string& name, const std::string& value) {
+    text += fmt::format("{:<22} {}\n", name, value);
+  };
+  line("parameters", fmt::format("{:.2f} M", static_cast<double>(plan.parameters) / 1e6));
+  line("batch",
+       fmt::format("{} sequences of {} = {} tokens a step: {} replica{} x {} micro-batch{} of {}",
+                   config.batch.sequences, config.data.sequence_length, plan.tokens_per_step, b.dp,
+                   b.dp == 1 ? "" : "s", b.micro_batches, b.micro_batches == 1 ? "" : "es",
+                   b.micro));
+  if (plan.steps_per_epoch > 0) {
+    line("run", fmt::format("{} steps, {:.2f} epochs", config.run.steps,
+                            static_cast<double>(config.run.steps) /
+                                static_cast<double>(plan.steps_per_epoch)));
+  }
+  line(
+      "compute",
+      fmt::format("{:.3g} FLOPs a token (6 N + 6 L d T, causal); {:.3g} in the 12 L d T convention",
+                  plan.flops_per_token, plan.flops_per_token_full));
+  const DType compute = ComputeDType(config);
+  const DType gradients = MakeTrainingOptions(config, b).gradients;
+  line("states", fmt::format("{} parameters, {} gradients", Name(compute), Name(gradients)));
+  text += fmt::format("\n{:<22} {:>14} {:>14}\n", "peak per rank", "rank 0, MB", "largest, MB");
+  for (int c = 0; c < kMemoryClasses; ++c) {
+    int64_t largest = 0;
+    for (const RankPlan& rank : plan.ranks) largest = std::max(largest, rank.memory.peak[c]);
+    text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", Name(static_cast<MemoryClass>(c)),
+                        Mega(plan.ranks[0].memory.peak[c]), Mega(largest));
+  }
+  text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", "together, at once",
+                      Mega(plan.ranks[0].memory.peak_total), Mega(plan.peak()));
+  text += fmt::format("\n{:<22} {:.1f} MB a step over dp (rank 0)\n", "sent",
+                      Mega(plan.ranks[0].wire_bytes));
+  text += fmt::format("{:<22} {} ({} {:.0f} MB)\n", "fits", plan.fits() ? "yes" : "no",
+                      plan.budget ? "memory.budget" : "a rank's share of this machine has",
+                      Mega(plan.budget.value_or(plan.available)));
+  return text;
+}
+
+}  // namespace shoal

@@ -1,0 +1,43 @@
+// What a configuration will take, before it runs: the training step itself, on tensors that have
+// sizes but no memory, over a communicator that counts.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "core/allocator.h"
+#include "launch/config.h"
+
+namespace shoal {
+
+struct RankPlan {
+  int rank = 0;
+  MemoryStats memory;      // peaks of one step; scratch inside kernels is not counted
+  int64_t wire_bytes = 0;  // sent per step over dp
+};
+
+struct Plan {
+  BatchPlan batch;
+  int64_t parameters = 0;  // a tied head once
+  int64_t tokens_per_step = 0;
+  int64_t steps_per_epoch = 0;      // 0 if the data was not opened
+  double flops_per_token = 0;       // 6 N_matmul + 6 L d T (causal)
+  double flops_per_token_full = 0;  // with 12 L d T, as often quoted
+  std::vector<RankPlan> ranks;
+  std::optional<int64_t> budget;  // memory.budget
+  int64_t available = 0;          // memory of this machine, over the ranks on it
+
+  int64_t peak() const;  // the largest rank's
+  bool fits() const;
+};
+
+// `config` is resolved and supported.
+Plan MakePlan(const Config& config, int ranks);
+
+// {"ranks": [{"rank", "bytes": {class..., "peak"}, "wire_bytes": {axis...}}], "bubble", "fits",
+// ...}
+std::string PlanJson(const Plan& plan);
+std::string PlanText(const Plan& plan, const Config& config);
+
+}  // namespace shoal

@@ -1,0 +1,124 @@
+#include "launch/session.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "core/init.h"
+#include "launch/run_directory.h"
+
+namespace shoal {
+
+namespace fs = std::filesystem;
+
+OpenedData OpenData(Config* config) {
+  OpenedData data;
+  data.tokenizer = MakeTokenizer(config->data.tokenizer);
+  CorpusOptions options;
+  options.path = config->data.path;
+  options.tokenizer = data.tokenizer.get();
+  options.vocab = config->model.vocab.value_or(0);
+  options.binary = config->data.binary;
+  std::shared_ptr<const TokenSource> source = OpenCorpus(options);
+  // Files of ids need no tokenizer, and the default one says nothing about them.
+  ResolveModel(config, source->info().format == "text" ? data.tokenizer->vocab_size() : 0);
+  data.fingerprint = Fingerprint(*source);
+  LoaderOptions loader;
+  loader.sequence_length = config->data.sequence_length;
+  loader.validation_fraction = config->data.validation_fraction;
+  loader.seed = static_cast<uint64_t>(config->run.seed);
+  loader.documents = config->data.documents;
+  data.loader = std::make_unique<Loader>(std::move(source), loader);
+  return data;
+}
+
+DType ComputeDType(const Config& config) {
+  if (config.precision.compute == "fp64") return DType::kF64;
+  if (config.precision.compute == "bf16") return DType::kBF16;
+  return DType::kF32;
+}
+
+TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan) {
+  TrainingOptions options;
+  options.model = ModelShape(config);
+  options.compute = ComputeDType(config);
+  // One micro-batch is one product per weight, accumulated in f32 inside; several are added up
+  // outside.
+  options.gradients = plan.micro_batches > 1 ? AccumulatorDType(options.compute) : options.compute;
+  options.rule.name = config.optim.name;
+  options.rule.beta1 = config.optim.betas[0];
+  options.rule.beta2 = config.optim.betas[1];
+  options.rule.eps = config.optim.eps;
+  options.rule.weight_decay = config.optim.weight_decay;
+  options.rule.momentum = config.optim.momentum;
+  options.clip = config.optim.clip;
+  options.seed = static_cast<uint64_t>(config.run.seed);
+  return options;
+}
+
+std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn) {
+  if (fs::exists(fs::path(path) / "manifest.json")) {
+    VerifySave(path);
+    return path;
+  }
+  if (!fs::exists(path)) SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
+  if (fs::exists(fs::path(path) / "config.json")) {
+    SHOAL_FAIL(ErrorKind::kConfig, "checkpoint",
+               "{}: this version reads runs and saves of its own, not Hugging Face directories",
+               path);
+  }
+  const std::string directory = RunDirectory::Attach(path).checkpoints_path();
+  const std::vector<SaveEntry> saves = ListSaves(directory);
+  for (const SaveEntry& save : saves) {
+    try {
+      VerifySave(save.path);
+      return save.path;
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kStorage) throw;
+      warn(e.message());
+    }
+  }
+  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} holds no valid save{}", path,
+             saves.empty() ? ": the run ended before its first" : ": all are damaged");
+}
+
+LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
+  LoadedModel loaded;
+  loaded.config = ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json");
+  loaded.model = BuildModel(ModelShape(loaded.config));
+  for (const auto& p : loaded.model->Parameters())
+    p->Materialize(compute.value_or(ComputeDType(loaded.config)));
+  LoadState(save, ModelState(*loaded.model));
+  return loaded;
+}
+
+void ResolveFrom(Config* config) {
+  if (!config->model.from) return;
+  const std::string save = FindSave(*config->model.from, [](const std::string&) {});
+  config->model.from = save;
+  ResolveModelFrom(config,
+                   ModelShape(ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json")));
+}
+
+void LoadWeights(const Config& config, LanguageModel& model) {
+  if (config.model.from) LoadState(*config.model.from, ModelState(model));
+}
+
+Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,
+                    const std::function<Batch(int64_t, int64_t)>& batch,
+                    const std::function<double(const Batch&)>& sum_loss) {
+  const int64_t begin = sequences * communicator.rank() / communicator.size();
+  const int64_t end = sequences * (communicator.rank() + 1) / communicator.size();
+  double sum = 0, labelled = 0;
+  for (int64_t first = begin; first < end; first += micro) {
+    const Batch b = batch(first, std::min(micro, end - first));
+    sum += sum_loss(b);
+    labelled += static_cast<double>(b.labelled);
+  }
+  Evaluation result;
+  sum = communicator.Sum(sum);
+  result.tokens = static_cast<int64_t>(communicator.Sum(labelled));
+  result.loss = sum / static_cast<double>(std::max<int64_t>(result.tokens, 1));
+  return result;
+}
+
+}  // namespace shoal

@@ -1,0 +1,52 @@
+// From a configuration to what it names: the corpus, the model's options, a save. Shared by the
+// commands.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "checkpoint/store.h"
+#include "data/loader.h"
+#include "launch/config.h"
+#include "launch/training_step.h"
+
+namespace shoal {
+
+struct OpenedData {
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Loader> loader;
+  std::string fingerprint;
+};
+
+// Opens data.path. What only the data can say (model.vocab) is filled into `config`.
+OpenedData OpenData(Config* config);
+
+DType ComputeDType(const Config& config);  // of precision.compute
+TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
+
+// `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
+// `warn` each) or a save. Error(kStorage) with the reason if there is none.
+std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);
+
+// A model to read from: its configuration as it was trained, and its weights in `compute`.
+struct LoadedModel {
+  Config config;
+  std::shared_ptr<LanguageModel> model;
+};
+LoadedModel LoadModel(const std::string& save, std::optional<DType> compute = std::nullopt);
+
+// If model.from is set: takes the shape from there into `config`. The weights: LoadWeights.
+void ResolveFrom(Config* config);
+void LoadWeights(const Config& config, LanguageModel& model);
+
+// The mean loss over a share of `count` sequences, which `batch(first, count)` reads: each rank
+// takes a part, `micro` at a time. Collective.
+struct Evaluation {
+  double loss = 0;
+  int64_t tokens = 0;
+};
+Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,
+                    const std::function<Batch(int64_t, int64_t)>& batch,
+                    const std::function<double(const Batch&)>& sum_loss);
+
+}  // namespace shoal

@@ -1,0 +1,291 @@
+#include "launch/trainer.h"
+
+#include <chrono>
+#include <cmath>
+#include <optional>
+
+#include "core/context.h"
+#include "launch/bootstrap.h"
+#include "launch/console.h"
+#include "launch/metrics.h"
+#include "launch/plan.h"
+#include "launch/run_directory.h"
+#include "launch/session.h"
+#include "launch/signals.h"
+#include "launch/tensorboard.h"
+#include "optim/lr_schedule.h"
+
+namespace shoal {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Every rank must have been started with the same configuration.
+void CheckSameConfig(const Config& config, Communicator& communicator) {
+  const std::string mine = WriteConfig(config);
+  const std::vector<std::string> all = communicator.AllGatherStrings(mine);
+  for (size_t r = 1; r < all.size(); ++r) {
+    if (all[r] == all[0]) continue;
+    // The first line that differs says which key.
+    size_t begin = 0;
+    const auto [a, b] = std::mismatch(all[0].begin(), all[0].end(), all[r].begin(), all[r].end());
+    begin = all[0].rfind('\n', static_cast<size_t>(a - all[0].begin()));
+    begin = begin == std::string::npos ? 0 : begin + 1;
+    const auto line = [](const std::string& text, size_t at) {
+      return text.substr(at, text.find('\n', at) - at);
+    };
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "rank {} was started with another configuration than rank 0: \"{}\" instead of "
+               "\"{}\". Start all "
+               "ranks with one command line",
+               r, line(all[r], begin), line(all[0], begin));
+  }
+}
+
+class Run {
+ public:
+  Run(Config config, Communicator& communicator)
+      : config_(std::move(config)), communicator_(communicator) {}
+
+  // Everything that can be wrong is found here, before anything is written.
+  void Prepare() {
+    Agree(communicator_, [&] {
+      CheckSupported(config_);
+      plan_ = CheckBatch(config_, communicator_.size());
+      ResolveFrom(&config_);
+      data_ = OpenData(&config_);
+      options_ = MakeTrainingOptions(config_, plan_);
+    });
+    CheckSameConfig(config_, communicator_);
+  }
+
+  void BuildFresh() {
+    step_.emplace(options_, communicator_);
+    Agree(communicator_, [&] { LoadWeights(config_, step_->model()); });
+  }
+
+  // Rank 0 makes the directory; the others use it once it is there.
+  void CreateDirectory() {
+    Agree(communicator_, [&] {
+      if (communicator_.rank() != 0) return;
+      Plan plan = MakePlan(config_, communicator_.size());
+      plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
+      directory_.emplace(
+          RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan)));
+      CheckFreeSpace(directory_->path(), SaveBytes(step_->State()));
+    });
+    Agree(communicator_, [&] {
+      if (communicator_.rank() != 0) directory_.emplace(RunDirectory::Attach(config_.run.dir));
+    });
+  }
+
+  // True if the run is already finished.
+  bool OpenAndLoad(const std::string& run) {
+    std::string save;
+    Agree(communicator_, [&] {
+      directory_.emplace(communicator_.rank() == 0 ? RunDirectory::Open(run)
+                                                   : RunDirectory::Attach(run));
+      if (communicator_.rank() == 0) {
+        save = FindSave(
+            run, [&](const std::string& what) { console_.Warn(what + "; trying an older save"); });
+      }
+    });
+    save = communicator_.AllGatherStrings(save)[0];
+    SaveInfo info;
+    Agree(communicator_, [&] {
+      info = ReadSaveInfo(save);
+      if (info.data_fingerprint != data_.fingerprint) {
+        SHOAL_FAIL(ErrorKind::kData, "resume",
+                   "{} is not the corpus that the run was trained on: it has changed since. "
+                   "Restore it, or start a "
+                   "new run with model.from = \"{}\"",
+                   config_.data.path, save);
+      }
+    });
+    done_ = info.step;
+    tokens_ = info.tokens;
+    last_save_ = save;
+    if (done_ >= config_.run.steps) return true;
+    step_.emplace(options_, communicator_);
+    Agree(communicator_, [&] {
+      LoadState(save, step_->State());
+      step_->optimizer().set_step(info.step);
+      if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), info.step);
+    });
+    return false;
+  }
+
+  int Loop();
+
+  const std::string& last_save() const { return last_save_; }
+  int64_t done() const { return done_; }
+  Console& console() { return console_; }
+
+ private:
+  void Step(int64_t step);
+  void Save();
+  std::optional<double> Validate(int64_t step);
+
+  Config config_;
+  Communicator& communicator_;
+  Console console_{communicator_.rank(), communicator_.size()};
+  BatchPlan plan_;
+  OpenedData data_;
+  TrainingOptions options_;
+  std::optional<RunDirectory> directory_;
+  std::optional<TrainingStep> step_;
+  std::optional<MetricsWriter> metrics_;
+  std::optional<TensorBoardWriter> tensorboard_;
+  LrSchedule schedule_;
+  KernelProfile profile_;
+  int64_t done_ = 0, tokens_ = 0;
+  std::string last_save_;
+};
+
+int Run::Loop() {
+  schedule_ = {config_.optim.schedule,        config_.optim.lr,
+               config_.optim.min_lr_fraction, config_.optim.decay_fraction,
+               config_.optim.warmup_steps,    config_.run.steps};
+  Agree(communicator_, [&] {
+    console_.OpenLog(directory_->log_path(communicator_.rank()));
+    console_.SetRun(directory_->path());
+    console_.SetLastSave(last_save_);
+    if (communicator_.rank() != 0) return;
+    metrics_.emplace(directory_->metrics_path());
+    tensorboard_.emplace(directory_->path());
+  });
+  ExecutionContext::Current().set_profile(&profile_);
+  communicator_.set_profile(&profile_);
+  const auto begin = Clock::now();
+  const int64_t first = done_ + 1;
+  bool stop = false;
+  while (done_ < config_.run.steps && !stop) {
+    Step(done_ + 1);
+    // One agreement per step on what any rank was asked to do.
+    const double asked = communicator_.Max(StopRequested() ? 2 : TakeSaveRequested() ? 1 : 0);
+    stop = asked == 2;
+    const bool due = config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
+    if (due || asked > 0 || done_ == config_.run.steps) Save();
+  }
+  ExecutionContext::Current().set_profile(nullptr);
+  communicator_.set_profile(nullptr);
+  const bool finished = done_ == config_.run.steps;
+  console_.EndProgress();
+  console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
+                            finished ? "Finished" : "Stopped", done_, config_.run.steps,
+                            done_ - first + 1, Since(begin), last_save_));
+  console_.Info(finished
+                    ? fmt::format("Next: shoal generate {0} --prompt \"...\"   shoal report {0}",
+                                  directory_->path())
+                    : fmt::format("Next: shoal resume {}", directory_->path()));
+  return finished ? 0 : static_cast<int>(ErrorKind::kRequeue);
+}
+
+void Run::Step(int64_t step) {
+  const double busy_before = profile_.total();
+  const int64_t data_before = communicator_.wire_bytes(Traffic::kData);
+  const int64_t control_before = communicator_.wire_bytes(Traffic::kControl);
+  const auto begin = Clock::now();
+  StepMetrics m;
+  m.step = step;
+  m.lr = schedule_.At(step);
+  std::vector<Batch> batches;
+  for (int64_t i = 0; i < plan_.micro_batches; ++i) {
+    const int64_t first = communicator_.rank() * plan_.per_replica + i * plan_.micro;
+    batches.push_back(data_.loader->Train(step - 1, config_.batch.sequences, first, plan_.micro));
+  }
+  const TrainingStep::Result result = step_->Run(batches, m.lr);
+  ExecutionContext::Current().Synchronize();
+  m.seconds = Since(begin);
+  m.loss = result.loss;
+  m.grad_norm = result.grad_norm;
+  tokens_ += result.tokens;
+  m.tokens = tokens_;
+  m.tokens_per_second = static_cast<double>(result.tokens) / m.seconds;
+  m.host_gap_seconds = std::max(0.0, m.seconds - (profile_.total() - busy_before));
+  m.wire_bytes = {{"dp", communicator_.wire_bytes(Traffic::kData) - data_before},
+                  {"tp", 0},
+                  {"pp", 0},
+                  {"cp", 0},
+                  {"ep", 0},
+                  {"control", communicator_.wire_bytes(Traffic::kControl) - control_before}};
+  const MemoryStats memory = ExecutionContext::Current().allocator()->stats();
+  for (int c = 0; c < kMemoryClasses; ++c) {
+    m.peak_bytes.emplace_back(Name(static_cast<MemoryClass>(c)),
+                              memory.peak[static_cast<size_t>(c)]);
+  }
+  m.peak_bytes.emplace_back("peak", memory.peak_total);
+  const bool finite = std::isfinite(m.loss) && std::isfinite(m.grad_norm);
+  if (finite) m.validation_loss = Validate(step);
+  if (metrics_) {
+    metrics_->Write(m);
+    tensorboard_->Write(m);
+  }
+  console_.Step(m, config_.run.steps, config_.run.log_every);
+  if (!finite) console_.EndProgress();
+  Agree(communicator_, [&] {
+    if (finite) return;
+    SHOAL_FAIL(ErrorKind::kConfig, "train",
+               "the loss or the gradient's norm is not finite at step {} (loss {}, norm {}): the "
+               "run has diverged and "
+               "was not saved. Lower optim.lr, warm up longer, or set optim.clip",
+               step, m.loss, m.grad_norm);
+  });
+  done_ = step;
+}
+
+std::optional<double> Run::Validate(int64_t step) {
+  const int64_t every = config_.run.validate_every;
+  if (every == 0 || (step % every != 0 && step != config_.run.steps)) return std::nullopt;
+  const int64_t all = data_.loader->validation_sequences();
+  if (all == 0) return std::nullopt;
+  const int64_t sequences = std::min(all, config_.run.validate_sequences.value_or(all));
+  return Evaluate(
+             sequences, plan_.micro, communicator_,
+             [&](int64_t first, int64_t count) { return data_.loader->Validation(first, count); },
+             [&](const Batch& batch) { return step_->SumLoss(batch); })
+      .loss;
+}
+
+void Run::Save() {
+  Agree(communicator_, [&] {
+    if (communicator_.rank() != 0) return;
+    const std::string directory = directory_->checkpoints_path();
+    if (metrics_) metrics_->Sync();
+    last_save_ = SaveState(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint},
+                           step_->State());
+    PruneSaves(directory, config_.checkpoint.keep);
+  });
+  last_save_ = communicator_.AllGatherStrings(last_save_)[0];
+  console_.SetLastSave(last_save_);
+}
+
+}  // namespace
+
+int Train(Config config, Communicator& communicator) {
+  Run run(std::move(config), communicator);
+  run.Prepare();
+  run.BuildFresh();
+  run.CreateDirectory();
+  return run.Loop();
+}
+
+int Resume(const std::string& path, Communicator& communicator) {
+  Config config;
+  Agree(communicator, [&] { config = LoadConfig(RunDirectory::Attach(path).config_path()); });
+  config.run.dir = path;
+  Run run(std::move(config), communicator);
+  run.Prepare();
+  if (run.OpenAndLoad(path)) {
+    run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path,
+                                   run.done(), run.last_save()));
+    return 0;
+  }
+  return run.Loop();
+}
+
+}  // namespace shoal
