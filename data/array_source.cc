@@ -49,10 +49,12 @@ bool Outside(T value, uint64_t limit) {
 
 void FailBadId(const std::string& path, int64_t position, const std::string& id, int64_t vocab) {
   SHOAL_FAIL(ErrorKind::kData, "data",
-             "{}: token {} has the id {}, outside the vocabulary of {} (ids 0 to {}). Set "
-             "model.vocab to that of the tokenizer that made these ids, or tokenize again with the "
-             "model's own",
-             path, position, id, vocab, vocab - 1);
+             "{}: token {} has the id {}, outside the vocabulary of {} (ids 0 to {}). {}", path,
+             position, id, vocab, vocab - 1,
+             id.starts_with('-')
+                 ? "No tokenizer makes such an id: the file is damaged or holds something else"
+                 : "Set model.vocab to more than the largest id, or tokenize again with the "
+                   "model's own tokenizer");
 }
 
 ArraySource::ArraySource(SourceInfo info, TokenArray array, int64_t vocab,
@@ -65,6 +67,7 @@ ArraySource::ArraySource(SourceInfo info, TokenArray array, int64_t vocab,
 }
 
 void ArraySource::CheckAllIds() const {
+  if (array_.size * SizeOf(array_.type) > kCheckedAtOpening) return;
   VisitInt(array_.type, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_unsigned_v<T>)

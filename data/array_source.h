@@ -31,8 +31,11 @@ using NextDocumentFunction = std::function<int64_t(int64_t position)>;
 
 class ArraySource final : public TokenSource {
  public:
+  // Larger arrays would hold up the start of every rank; their ids are checked as they are read.
+  static constexpr int64_t kCheckedAtOpening = int64_t{16} << 30;
+
   // `next_document` may be empty: then documents are known by info.end_of_document, if that is.
-  // Checks every id.
+  // Checks every id of up to kCheckedAtOpening bytes.
   ArraySource(SourceInfo info, TokenArray array, int64_t vocab, NextDocumentFunction next_document);
 
   int64_t size() const override { return array_.size; }

@@ -14,16 +14,19 @@
 namespace shoal {
 namespace {
 
-// Texts are encoded in parts that begin with a line break, which no piece crosses: of few lines,
-// because the library's merging slows down with length (4 times from 2 KiB to 1 MiB), and a share
-// of many parts for each thread.
+// Texts are encoded in parts that begin with a line break, which hardly any model's pieces cross:
+// of few lines, because the library's merging slows down with length (4 times from 2 KiB to
+// 1 MiB), and a share of many parts for each thread.
 constexpr size_t kPartBytes = 2 << 10, kShareBytes = 256 << 10;
 constexpr int kAlwaysQuiet = 100;  // above every level the library logs at
 
-// Where a part of at least `size` bytes ends: before a line break, or with the text.
+// Where a part of at least `size` bytes ends: before the first line break of a row, or with the
+// text.
 size_t PartEnd(std::string_view text, size_t begin, size_t size) {
   if (text.size() - begin <= size) return text.size();
-  return std::min(text.find('\n', begin + size), text.size());
+  size_t end = text.find('\n', begin + size);
+  while (end != std::string_view::npos && text[end - 1] == '\n') end = text.find('\n', end + 1);
+  return std::min(end, text.size());
 }
 
 std::string Message(const sentencepiece::util::Status& status) { return status.message(); }
@@ -88,9 +91,37 @@ class Lines final : public sentencepiece::SentenceIterator {
 
 struct SentencePieceTokenizer::Model {
   sentencepiece::SentencePieceProcessor processor;
+  // Whether the ids of a text are those of its parts, put together.
+  bool parts = false;
   // The first id of a text that begins with a line break is only the space that the model puts
   // before every text.
   bool leading_space = false;
+
+  void FindOutAboutParts() {
+    const auto encode = [&](const std::string& text) {
+      std::vector<int> ids;
+      return processor.Encode(text, &ids).ok() ? ids : std::vector<int>();
+    };
+    const std::vector<int> line_break = encode("\n");
+    leading_space = line_break.size() >= 2 && line_break[0] == processor.PieceToId("\xE2\x96\x81");
+    // Some models drop spaces at the ends of a text that they would keep within it.
+    parts = true;
+    for (const std::string left : {"a", "a "}) {
+      for (const std::string right : {"\na", "\n a"}) {
+        std::vector<int> joined = encode(left);
+        const std::vector<int> second = encode(right);
+        joined.insert(joined.end(), second.begin() + (leading_space && !second.empty()),
+                      second.end());
+        parts = parts && joined == encode(left + right);
+      }
+    }
+    for (int id = 0; id < processor.GetPieceSize(); ++id) {
+      const std::string& piece = processor.IdToPiece(id);
+      if (piece.find('\n', 1) != std::string::npos &&
+          piece.find_first_not_of('\n') != std::string::npos)
+        parts = false;
+    }
+  }
 };
 
 SentencePieceTokenizer::SentencePieceTokenizer(const std::string& path)
@@ -114,9 +145,7 @@ SentencePieceTokenizer::SentencePieceTokenizer(const std::string& path)
                "{} has no end-of-sentence piece, which ends documents here. Train the model with "
                "one (eos_id >= 0)",
                path);
-  std::vector<int> ids;
-  if (model_->processor.Encode("\n", &ids).ok() && ids.size() >= 2)
-    model_->leading_space = ids[0] == model_->processor.PieceToId("\xE2\x96\x81");
+  model_->FindOutAboutParts();
 }
 
 SentencePieceTokenizer::~SentencePieceTokenizer() = default;
@@ -125,7 +154,7 @@ std::vector<int32_t> SentencePieceTokenizer::EncodeShare(std::string_view text, 
   std::vector<int32_t> all;
   std::vector<int> ids;
   for (size_t begin = 0; begin < text.size(); first = false) {
-    const size_t end = PartEnd(text, begin, kPartBytes);
+    const size_t end = model_->parts ? PartEnd(text, begin, kPartBytes) : text.size();
     const auto status = model_->processor.Encode(text.substr(begin, end - begin), &ids);
     if (!status.ok())
       SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} cannot encode: {}", path_, Message(status));
@@ -141,7 +170,7 @@ void SentencePieceTokenizer::EncodeTo(std::string_view text, const Sink& sink) c
   for (size_t begin = 0; begin < text.size();) {
     std::vector<std::future<std::vector<int32_t>>> shares;
     while (shares.size() < threads && begin < text.size()) {
-      const size_t end = PartEnd(text, begin, kShareBytes);
+      const size_t end = model_->parts ? PartEnd(text, begin, kShareBytes) : text.size();
       // The last share is this thread's own.
       const bool own = shares.size() + 1 == threads || end == text.size();
       shares.push_back(std::async(own ? std::launch::deferred : std::launch::async,

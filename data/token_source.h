@@ -52,8 +52,9 @@ struct CorpusOptions {
 
 // What lies at `path` decides: a directory or a file of text; an HDF5 file with a dataset of
 // integers; a pair PATH.bin and PATH.idx (naming one of the two does as well). A document end
-// is put after each file of text, files of ids are taken as they are. All ids are checked here:
-// for files of ids at the speed of memory, for narrow types and large vocabularies at no cost.
+// is put after each file of text, files of ids are taken as they are. All ids are checked here, at
+// the speed of memory; in files of ids beyond 16 GiB only when they are read, at no cost where the
+// stored type is too narrow for a wrong one.
 std::shared_ptr<const TokenSource> OpenCorpus(const CorpusOptions& options);
 
 // 32 hexadecimal digits that change when the tokens do: XXH3-128 of the number of tokens and of

@@ -122,6 +122,31 @@ TEST(Indexed, IdsOutsideTheVocabularyAreFoundWhereverTheyAre) {
   }
 }
 
+// A start does not wait for terabytes; what is wrong in them is an error when it is reached.
+TEST(Indexed, HugeFilesAreCheckedAsTheyAreRead) {
+  TempDir dir;
+  const int64_t sequences = 9, length = (int64_t{1} << 30) - 1, n = sequences * length;
+  Idx idx{
+      .code = 8, .lengths = std::vector<int32_t>(sequences, length), .documents = {0, sequences}};
+  for (int64_t i = 0; i < sequences; ++i) idx.offsets.push_back(2 * i * length);
+  dir.Write("d.idx", idx.Bytes());
+  dir.Write("d.bin", "");
+  std::error_code error;
+  std::filesystem::resize_file(dir / "d.bin", 2 * n, error);  // takes no room: all is a hole
+  if (error) GTEST_SKIP() << error.message();
+  std::fstream(dir / "d.bin", std::ios::in | std::ios::out | std::ios::binary)
+      .seekp(2 * (n - 2))
+      .write("\xFF\xFF", 2);
+  const auto source = OpenCorpus({.path = dir / "d", .vocab = 65535});
+  EXPECT_EQ(source->size(), n);
+  const Loader loader(source, {.sequence_length = 4, .validation_fraction = 1e-9});
+  EXPECT_EQ(loader.train_sequences() + loader.validation_sequences(), (n - 1) / 4);
+  EXPECT_EQ(loader.Train(1 << 20, 8, 0, 8).tokens, std::vector<int32_t>(32));
+  std::vector<int32_t> ids(10);
+  ExpectDataError({fmt::format("d.bin: token {} has the id 65535", n - 2)},
+                  [&] { source->Read(n - 10, ids); });
+}
+
 TEST(Indexed, EachWrongFieldIsNamed) {
   TempDir dir;
   dir.Write("d.bin", Raw(kIds));

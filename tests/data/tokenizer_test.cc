@@ -1,6 +1,8 @@
 #include "data/tokenizer.h"
 
 #include <gtest/gtest.h>
+#include <sentencepiece_processor.h>
+#include <sentencepiece_trainer.h>
 
 #include <numeric>
 
@@ -118,6 +120,61 @@ TEST_F(SentencePiece, LongTextIsEncodedAsIfInOnePiece) {
   }
   SetKernelThreads(threads);
   EXPECT_EQ(tokenizer->Decode(ids), text);
+}
+
+// Models as others train them: our parts give the ids of the library in one call.
+TEST_F(SentencePiece, ForeignModelsEncodeAsTheirLibraryDoes) {
+  const std::string prose = Prose(400), prefix = *dir_ / "foreign";
+  std::string text;
+  for (int i = 0; i < 400; ++i) {
+    const size_t begin = i * 37 % (prose.size() / 2);
+    text += prose.substr(begin, 10 + i % 90) + (i % 7 ? " " : "  ");
+    if (i % 5 == 0) text += std::string(1 + i % 4, '\n') + (i % 3 ? "" : " \t");
+  }
+  for (const std::string options :
+       {"--normalization_rule_name=identity --remove_extra_whitespaces=false --byte_fallback=true",
+        "--normalization_rule_name=identity --byte_fallback=true",
+        "--normalization_rule_name=nmt_nfkc",
+        "--normalization_rule_name=nmt_nfkc --add_dummy_prefix=false",
+        "--normalization_rule_name=identity --byte_fallback=true --add_dummy_prefix=false",
+        "--normalization_rule_name=identity --remove_extra_whitespaces=false "
+        "--byte_fallback=true --user_defined_symbols=\n,\n\n,\n\n\n",
+        "--normalization_rule_name=identity --remove_extra_whitespaces=false "
+        "--byte_fallback=true --user_defined_symbols=.\n,t\na"}) {
+    const auto status = sentencepiece::SentencePieceTrainer::Train(
+        "--input=" + (*dir_ / "prose.txt") + " --model_prefix=" + prefix +
+        " --model_type=bpe --vocab_size=330 --hard_vocab_limit=false --minloglevel=100 " + options);
+    ASSERT_TRUE(status.ok()) << status.message();
+    const auto tokenizer = MakeTokenizer(prefix + ".model");
+    sentencepiece::SentencePieceProcessor processor;
+    ASSERT_TRUE(processor.Load(prefix + ".model").ok());
+    std::vector<int> expected;
+    ASSERT_TRUE(processor.Encode(text, &expected).ok());
+    const std::vector<int32_t> ids = tokenizer->Encode(text);
+    EXPECT_TRUE(ids == expected) << options;
+    std::string decoded;
+    ASSERT_TRUE(processor.Decode(expected, &decoded).ok());
+    EXPECT_TRUE(tokenizer->Decode(ids) == decoded) << options;
+  }
+}
+
+// A changed model is refused or works: nothing ends the program.
+TEST_F(SentencePiece, DamagedModelsDoNotCrash) {
+  TempDir dir;
+  const std::string whole = ReadAll(model_);
+  uint32_t state = 3;
+  for (int trial = 0; trial < 400; ++trial) {
+    std::string bytes = whole;
+    state = state * 1664525u + 1013904223u;
+    bytes[(state >> 8) % bytes.size()] ^= static_cast<char>(1 + (state >> 4) % 255);
+    const std::string path = dir.Write("damaged.model", bytes);
+    try {
+      const auto tokenizer = MakeTokenizer(path);
+      tokenizer->Decode(tokenizer->Encode("the king went unto the sea \xE6\xB0\xB4.\n"));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kData);
+    }
+  }
 }
 
 TEST_F(SentencePiece, TrainsTheSameModelAgain) {
