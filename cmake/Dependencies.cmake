@@ -53,8 +53,11 @@ if(NOT SHOAL_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    set(CMAKE_CUDA_ARCHITECTURES "80;90")
+    set(CMAKE_CUDA_ARCHITECTURES 80)  # for the compiler test; kernels_cuda states its own
     enable_language(CUDA)
+    # CMake 3.25 does not know that nvcc speaks C++20.
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
     find_package(CUDAToolkit)
   endif()
   find_path(SHOAL_CUDNN_INCLUDE cudnn.h HINTS ${CUDAToolkit_INCLUDE_DIRS})

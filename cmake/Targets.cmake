@@ -90,8 +90,17 @@ function(shoal_cuda_kernels)
   file(GLOB sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/cuda/*.cu")
   add_library(kernels_cuda STATIC ${sources})
   target_link_libraries(kernels_cuda PUBLIC base PRIVATE CUDA::cublasLt CUDA::cudart_static)
-  set_target_properties(kernels_cuda PROPERTIES CUDA_ARCHITECTURES "80;90" CUDA_STANDARD 20 POSITION_INDEPENDENT_CODE ON)
+  # One PTX for both machines: nothing here needs what only sm_90's has, and the front end runs once.
+  set_target_properties(kernels_cuda PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 20 POSITION_INDEPENDENT_CODE ON)
   target_compile_options(kernels_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-Wall>)
-  target_link_libraries(kernels PUBLIC kernels_cuda)
+    $<$<COMPILE_LANGUAGE:CUDA>:-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80] --expt-relaxed-constexpr
+      -DFMT_USE_CONSTEXPR=1  # fmt 9 takes nvcc for a compiler without it
+      -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${SHOAL_WERROR}>>:-Werror=all-warnings>)
+  get_target_property(type kernels TYPE)
+  if(type STREQUAL "INTERFACE_LIBRARY")
+    target_link_libraries(kernels INTERFACE kernels_cuda)
+  else()
+    target_link_libraries(kernels PUBLIC kernels_cuda)
+  endif()
 endfunction()

@@ -1,0 +1,123 @@
+#include "kernels/copy.h"
+#include "kernels/cuda/bias.h"
+#include "kernels/cuda/checks.h"
+#include "kernels/cuda/device_utils.cuh"
+#include "kernels/cuda/gemm.h"
+#include "kernels/matmul.h"
+
+namespace shoal::kernels::cuda {
+namespace {
+
+struct MatrixStrides {
+  int64_t batch, row, column;
+  explicit MatrixStrides(const View& view)
+      : batch(view.rank() == 3 ? view.strides[0] : 0),
+        row(view.strides[-2]),
+        column(view.strides[-1]) {}
+};
+
+constexpr int kTile = 16;
+
+// Any strides and dtypes, one element of d per thread: for what cuBLASLt does not do.
+template <class A>
+__global__ void PlainMatmulKernel(AnyPointer d, MatrixStrides d_strides, AnyPointer a,
+                                  MatrixStrides a_strides, AnyPointer b, MatrixStrides b_strides,
+                                  AnyPointer bias, int64_t m, int64_t n, int64_t k,
+                                  bool accumulate) {
+  __shared__ A a_tile[kTile][kTile + 1], b_tile[kTile][kTile + 1];
+  const int tx = threadIdx.x % kTile, ty = threadIdx.x / kTile;
+  int64_t row_tile, column_tile;
+  const int64_t rest = DivMod(blockIdx.x, CeilDiv(n, kTile), &column_tile);
+  const int64_t batch = DivMod(rest, CeilDiv(m, kTile), &row_tile);
+  const int64_t row = row_tile * kTile + ty, column = column_tile * kTile + tx;
+  A sum = 0;
+  for (int64_t k0 = 0; k0 < k; k0 += kTile) {
+    a_tile[ty][tx] = row < m && k0 + tx < k
+                         ? LoadAny<A>(a, batch * a_strides.batch + row * a_strides.row +
+                                             (k0 + tx) * a_strides.column)
+                         : A(0);
+    b_tile[ty][tx] = k0 + ty < k && column < n
+                         ? LoadAny<A>(b, batch * b_strides.batch + (k0 + ty) * b_strides.row +
+                                             column * b_strides.column)
+                         : A(0);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) sum += a_tile[ty][i] * b_tile[i][tx];
+    __syncthreads();
+  }
+  if (row >= m || column >= n) return;
+  const int64_t at = batch * d_strides.batch + row * d_strides.row + column * d_strides.column;
+  if (accumulate) sum += LoadAny<A>(d, at);
+  if (bias.data) sum += LoadAny<A>(bias, column);
+  StoreAny(d, at, sum);
+}
+
+void PlainMatmul(const Stream& stream, const char* op, const View& d, const View& a, const View& b,
+                 const View& bias, double beta) {
+  const int64_t m = d.shape[-2], n = d.shape[-1], k = a.shape[-1];
+  const int64_t batch = d.rank() == 3 ? d.shape[0] : 1;
+  const auto launch = [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    Launch(stream, op, PlainMatmulKernel<A>,
+           GridSize(op, batch * CeilDiv(m, kTile) * CeilDiv(n, kTile)), kTile * kTile, 0,
+           AnyPointer(d), MatrixStrides(d), AnyPointer(a), MatrixStrides(a), AnyPointer(b),
+           MatrixStrides(b), AnyPointer(bias), m, n, k, beta != 0);
+  };
+  if (d.dtype == DType::kF64)
+    launch(TypeTag<double>{});
+  else
+    launch(TypeTag<float>{});
+}
+
+}  // namespace
+
+void Matmul(const Stream& stream, const View& d, const View& a, const View& b, const View& bias,
+            double beta) {
+  const char* op = "Matmul";
+  SHOAL_CHECK((d.rank() == 2 || d.rank() == 3) && a.rank() == d.rank() && b.rank() == d.rank(), op,
+              "d {}, a {} and b {} are not all of two or all of three dimensions",
+              d.shape.ToString(), a.shape.ToString(), b.shape.ToString());
+  const int64_t n = d.shape[-1];
+  SHOAL_CHECK(a.shape[-2] == d.shape[-2] && b.shape[-1] == n && a.shape[-1] == b.shape[-2] &&
+                  (d.rank() == 2 || (a.shape[0] == d.shape[0] && b.shape[0] == d.shape[0])),
+              op, "{} times {} is not {}", a.shape.ToString(), b.shape.ToString(),
+              d.shape.ToString());
+  SHOAL_CHECK(a.dtype == b.dtype, op, "a is {}, b is {}", Name(a.dtype), Name(b.dtype));
+  SHOAL_CHECK(SizeOf(d.dtype) >= SizeOf(a.dtype), op, "d is {}, narrower than a, {}", Name(d.dtype),
+              Name(a.dtype));
+  SHOAL_CHECK(beta == 0 || beta == 1, op, "beta is {}, not 0 or 1", beta);
+  for (const View* view : {&d, &a, &b}) CheckComputeDType(op, "an argument", *view);
+  CheckUnitStride(op, "d", d);
+  if (bias) {
+    CheckDense(op, "bias", bias, {n});
+    CheckComputeDType(op, "bias", bias);
+  }
+  if (d.numel() == 0) return;
+
+  std::optional<Gemm> gemm = a.shape[-1] > 0 ? PlanGemm(d, a, b, beta) : std::nullopt;
+  if (gemm) {
+    // The epilogue takes an aligned bias of d's dtype.
+    const bool convert = bias && (bias.dtype != d.dtype || !IsAligned16(bias.data));
+    Scratch converted(stream, convert ? n * SizeOf(d.dtype) : 0);
+    if (convert) {
+      const View view(converted.as<char>(), d.dtype, {n}, d.device);
+      Copy(stream, view, bias);
+      gemm->bias = view.data;
+    } else {
+      gemm->bias = bias.data;
+    }
+    if (RunCublasLt(stream, op, *gemm)) return;
+    // f64 products have no bias epilogue; two steps lose nothing there.
+    if (bias && d.dtype == DType::kF64 && d.contiguous()) {
+      gemm->bias = nullptr;
+      if (RunCublasLt(stream, op, *gemm)) {
+        const View rows(d.data, d.dtype, {d.numel() / n, n}, d.device);
+        AddBiasAny(stream, rows, rows, bias);
+        return;
+      }
+    }
+  }
+  PlainMatmul(stream, op, d, a, b, bias, beta);
+}
+
+}  // namespace shoal::kernels::cuda
