@@ -3,15 +3,20 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace shoal::cuda {
 
-int DeviceCount();                         // 0 without a driver or a device; never fails
+int DeviceCount();  // 0 without a driver or a device; never fails
+std::string DeviceName(int device);
 void* Allocate(int device, size_t bytes);  // null when the device's memory is exhausted
 void Free(void* data);
 void* CreateStream(int device);  // a cudaStream_t
 void DestroyStream(void* stream);
-void Synchronize(void* stream);  // throws what earlier kernels of the stream ran into
+// Throws what earlier kernels of the stream ran into. Here the errors surface that only the device
+// can see: for a token id or a label out of range the kernel wrote NaN, and this throws
+// Error(kData).
+void Synchronize(void* stream);
 // Queued on the stream. Host memory is pageable: to the host they have finished on return.
 void CopyToDevice(void* stream, void* device_data, const void* host_data, size_t bytes);
 void CopyToHost(void* stream, void* host_data, const void* device_data, size_t bytes);

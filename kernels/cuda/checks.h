@@ -1,20 +1,25 @@
-// Contract checks of the CUDA kernels; each throws Error(kBug) naming the kernel and both values.
+// Contract checks that only the CUDA kernels need, on top of the shared ones.
 #pragma once
 
-#include <initializer_list>
-
-#include "core/base/view.h"
+#include "kernels/contract.h"
 
 namespace shoal::kernels::cuda {
 
-// The view is present, has this shape and is contiguous.
-void CheckDense(const char* op, const char* name, const View& view, const Dims& shape);
-void CheckRank(const char* op, const char* name, const View& view, int rank);
-void CheckDType(const char* op, const char* name, const View& view, DType dtype);
-void CheckComputeDType(const char* op, const char* name, const View& view);  // f64, f32 or bf16
-void CheckDenseAs(const char* op, const char* name, const View& view, const Dims& shape,
-                  DType dtype);
-// Strided access with unit steps inside the last dimension.
-void CheckUnitStride(const char* op, const char* name, const View& view);
+// `v` is present, contiguous and of this shape, whatever its dtype.
+inline void CheckDense(const char* op, const char* name, const View& v, const Dims& shape) {
+  CheckArray(op, name, v, shape, v.dtype);
+}
+
+inline void CheckComputeDType(const char* op, const char* name, const View& v) {
+  SHOAL_CHECK(v.dtype == DType::kF64 || v.dtype == DType::kF32 || v.dtype == DType::kBF16, op,
+              "{} is {}, not f64, f32 or bf16", name, Name(v.dtype));
+}
+
+// Strided, but with unit steps inside the last dimension.
+inline void CheckUnitStride(const char* op, const char* name, const View& v) {
+  SHOAL_CHECK(v.strides[-1] == 1 || v.shape[-1] <= 1, op,
+              "{} of shape {} has strides {}, not 1 in the last dimension", name,
+              v.shape.ToString(), v.strides.ToString());
+}
 
 }  // namespace shoal::kernels::cuda

@@ -1,9 +1,10 @@
-// cuBLASLt: a plan per shape, layout and alignment, kept for the life of the process.
+// cuBLASLt: a plan per shape and layout, kept for the life of the process.
 #include <cublasLt.h>
 
 #include <array>
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "kernels/cuda/device_utils.cuh"
 #include "kernels/cuda/gemm.h"
@@ -29,7 +30,7 @@ struct Plan {
   size_t workspace = 0;
 };
 
-using PlanKey = std::array<int64_t, 20>;
+using PlanKey = std::array<int64_t, 16>;
 
 cudaDataType_t CudaType(DType dtype) {
   switch (dtype) {
@@ -48,13 +49,6 @@ bool Supported(const Gemm& gemm) {
   return gemm.in == gemm.out && !(gemm.in == DType::kF64 && gemm.bias);
 }
 
-uint32_t AlignmentOf(const void* data) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  uint32_t alignment = 256;  // what cuBLASLt makes no use of beyond
-  while (address % alignment) alignment /= 2;
-  return alignment;
-}
-
 PlanKey KeyOf(const Gemm& g) {
   return {g.m,
           g.n,
@@ -65,16 +59,12 @@ PlanKey KeyOf(const Gemm& g) {
           g.left.transposed,
           g.left.leading,
           g.left.batch_stride,
-          AlignmentOf(g.left.data),
           g.right.transposed,
           g.right.leading,
           g.right.batch_stride,
-          AlignmentOf(g.right.data),
           g.d.leading,
           g.d.batch_stride,
-          AlignmentOf(g.d.data),
           g.bias != nullptr,
-          g.bias ? AlignmentOf(g.bias) : 0,
           g.beta != 0};
 }
 
@@ -141,10 +131,14 @@ Plan MakePlan(cublasLtHandle_t handle, const char* op, const Gemm& gemm) {
         cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value), op);
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{kMostWorkspace});
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, AlignmentOf(gemm.left.data));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, AlignmentOf(gemm.right.data));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, AlignmentOf(gemm.d.data));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, AlignmentOf(gemm.d.data));
+  const auto alignment = [&](const GemmOperand& operand, DType dtype) {
+    const int64_t bytes = gemm.batch > 1 ? operand.batch_stride * int64_t(SizeOf(dtype)) : 0;
+    return static_cast<uint32_t>(std::gcd(bytes, int64_t{kGemmAlignment}));
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(gemm.left, gemm.in));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(gemm.right, gemm.in));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(gemm.d, gemm.out));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(gemm.d, gemm.out));
   // A split of K may only add up in f32 and in a fixed order: not in place (atomics), not in bf16.
   prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
          static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));

@@ -59,6 +59,14 @@ inline void ZeroAsync(const Stream& stream, const char* op, void* data, size_t b
   SHOAL_CUDA_CHECK(cudaMemsetAsync(data, 0, bytes, Handle(stream)), op);
 }
 
+// The shared memory that a launch asked for.
+#ifndef SHOAL_CUDA_EMULATION
+__device__ __forceinline__ unsigned char* DynamicShared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  return dynamic_shared;
+}
+#endif
+
 __host__ __device__ constexpr int64_t CeilDiv(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 inline unsigned GridSize(const char* op, int64_t blocks) {

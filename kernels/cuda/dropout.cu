@@ -44,8 +44,8 @@ void Dropout(const Stream& stream, const View& out, const View& x, const View& t
   const char* op = "Dropout";
   CheckRank(op, "x", x, 2);
   CheckDense(op, "x", x, x.shape);
-  CheckDenseAs(op, "out", out, x.shape, x.dtype);
-  CheckDenseAs(op, "tokens", tokens, {x.dim(0)}, DType::kI64);
+  CheckArray(op, "out", out, x.shape, x.dtype);
+  CheckArray(op, "tokens", tokens, {x.dim(0)}, DType::kI64);
   SHOAL_CHECK(p >= 0 && p <= 1, op, "p is {}, not in [0, 1]", p);
   const int64_t rows = x.dim(0), columns = x.dim(1);
   if (x.numel() == 0) return;

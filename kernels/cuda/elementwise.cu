@@ -47,11 +47,11 @@ void Map(const Stream& stream, const char* op, const View (&out)[kOut], const Vi
   const int64_t n = shape.numel();
   bool vector = true;
   for (const View& view : out) {
-    CheckDenseAs(op, "an output", view, shape, dtype);
+    CheckArray(op, "an output", view, shape, dtype);
     vector = vector && IsAligned16(view.data);
   }
   for (const View& view : in) {
-    CheckDenseAs(op, "an input", view, shape, dtype);
+    CheckArray(op, "an input", view, shape, dtype);
     vector = vector && IsAligned16(view.data);
   }
   VisitFloat(dtype, op, [&](auto tag) {

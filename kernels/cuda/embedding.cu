@@ -164,8 +164,8 @@ void Embedding(const Stream& stream, const View& out, const View& table, const V
   CheckRank(op, "ids", ids, 1);
   const int64_t rows = ids.dim(0), columns = table.dim(1);
   CheckDense(op, "table", table, table.shape);
-  CheckDenseAs(op, "ids", ids, ids.shape, DType::kI32);
-  CheckDenseAs(op, "out", out, {rows, columns}, table.dtype);
+  CheckArray(op, "ids", ids, ids.shape, DType::kI32);
+  CheckArray(op, "out", out, {rows, columns}, table.dtype);
   if (out.numel() == 0) return;
   VisitFloat(out.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -186,7 +186,7 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
   CheckDense(op, "dtable", dtable, dtable.shape);
   CheckComputeDType(op, "dtable", dtable);
   CheckDense(op, "dout", dout, {rows, columns});
-  CheckDenseAs(op, "ids", ids, ids.shape, DType::kI32);
+  CheckArray(op, "ids", ids, ids.shape, DType::kI32);
   SHOAL_CHECK(rows < (int64_t{1} << 31) && vocabulary < (int64_t{1} << 31) - 1, op,
               "{} rows and a vocabulary of {} do not fit 32 bits", rows, vocabulary);
   if (!accumulate) ZeroAsync(stream, op, dtable.data, dtable.bytes());

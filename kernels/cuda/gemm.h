@@ -9,6 +9,10 @@
 
 namespace shoal::kernels::cuda {
 
+// Where operands begin, at least. One number for all, so that which algorithm runs, and so every
+// bit of the result, does not depend on where a tensor happens to lie.
+inline constexpr int kGemmAlignment = 16;
+
 // One operand. `transposed`: memory holds the transpose of what the product reads.
 struct GemmOperand {
   void* data = nullptr;
@@ -66,7 +70,8 @@ inline std::optional<Gemm> PlanGemm(const View& d, const View& a, const View& b,
   return gemm;
 }
 
-// Queues the product with cuBLASLt; false where it has no kernel for it, and nothing is queued.
+// Queues the product with cuBLASLt (data and bias aligned as above); false where it has no kernel
+// for it, and nothing is queued.
 bool RunCublasLt(const Stream& stream, const char* op, const Gemm& gemm);
 
 }  // namespace shoal::kernels::cuda

@@ -90,11 +90,11 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const int64_t tokens = x.dim(0), width = x.dim(1), vocabulary = w.dim(0);
   const DType wide = AccumulatorDType(x.dtype);
   CheckDense(op, "x", x, x.shape);
-  CheckDenseAs(op, "w", w, {vocabulary, width}, x.dtype);
-  CheckDenseAs(op, "labels", labels, {tokens}, DType::kI32);
-  CheckDenseAs(op, "losses", losses, {tokens}, wide);
+  CheckArray(op, "w", w, {vocabulary, width}, x.dtype);
+  CheckArray(op, "labels", labels, {tokens}, DType::kI32);
+  CheckArray(op, "losses", losses, {tokens}, wide);
   SHOAL_CHECK(options.chunk_tokens > 0, op, "chunk_tokens is {}", options.chunk_tokens);
-  if (dx) CheckDenseAs(op, "dx", dx, x.shape, x.dtype);
+  if (dx) CheckArray(op, "dx", dx, x.shape, x.dtype);
   if (dw) {
     CheckDense(op, "dw", dw, w.shape);
     SHOAL_CHECK(SizeOf(dw.dtype) >= SizeOf(w.dtype), op, "dw is {}, narrower than w, {}",

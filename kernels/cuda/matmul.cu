@@ -69,6 +69,57 @@ void PlainMatmul(const Stream& stream, const char* op, const View& d, const View
     launch(TypeTag<float>{});
 }
 
+// Copies of operands that begin at an odd address, for the time of one product.
+class Realigned {
+ public:
+  // `read`: the copy starts with the operand's values.
+  Realigned(const Stream& stream, const View& operand, bool read)
+      : operand_(operand), memory_(stream, Needed(operand) ? SpanBytes(operand) : 0) {
+    if (!Needed(operand)) return;
+    operand_.data = memory_.as<char>();
+    if (read) Copy(stream, operand_, operand);
+  }
+  const View& view() const { return operand_; }
+  static bool Needed(const View& v) {
+    return reinterpret_cast<uintptr_t>(v.data) % kGemmAlignment != 0;
+  }
+
+ private:
+  static size_t SpanBytes(const View& v) {
+    int64_t last = 0;
+    for (int i = 0; i < v.rank(); ++i) last += (v.shape[i] - 1) * v.strides[i];
+    return (last + 1) * SizeOf(v.dtype);
+  }
+
+  View operand_;
+  Scratch memory_;
+};
+
+// The product by cuBLASLt; false where it has none.
+bool LibraryMatmul(const Stream& stream, const char* op, const View& d, const View& a,
+                   const View& b, const View& bias, double beta) {
+  std::optional<Gemm> gemm = PlanGemm(d, a, b, beta);
+  if (!gemm) return false;
+  const int64_t n = d.shape[-1];
+  // The epilogue takes a bias of d's dtype.
+  const bool convert = bias && (bias.dtype != d.dtype || Realigned::Needed(bias));
+  Scratch converted(stream, convert ? n * SizeOf(d.dtype) : 0);
+  gemm->bias = bias.data;
+  if (convert) {
+    const View view(converted.as<char>(), d.dtype, {n}, d.device);
+    Copy(stream, view, bias);
+    gemm->bias = view.data;
+  }
+  if (RunCublasLt(stream, op, *gemm)) return true;
+  // f64 products have no bias epilogue; two steps lose nothing there.
+  if (!bias || d.dtype != DType::kF64 || !d.contiguous()) return false;
+  gemm->bias = nullptr;
+  if (!RunCublasLt(stream, op, *gemm)) return false;
+  const View rows(d.data, d.dtype, {d.numel() / n, n}, d.device);
+  AddBiasAny(stream, rows, rows, bias);
+  return true;
+}
+
 }  // namespace
 
 void Matmul(const Stream& stream, const View& d, const View& a, const View& b, const View& bias,
@@ -94,27 +145,11 @@ void Matmul(const Stream& stream, const View& d, const View& a, const View& b, c
   }
   if (d.numel() == 0) return;
 
-  std::optional<Gemm> gemm = a.shape[-1] > 0 ? PlanGemm(d, a, b, beta) : std::nullopt;
-  if (gemm) {
-    // The epilogue takes an aligned bias of d's dtype.
-    const bool convert = bias && (bias.dtype != d.dtype || !IsAligned16(bias.data));
-    Scratch converted(stream, convert ? n * SizeOf(d.dtype) : 0);
-    if (convert) {
-      const View view(converted.as<char>(), d.dtype, {n}, d.device);
-      Copy(stream, view, bias);
-      gemm->bias = view.data;
-    } else {
-      gemm->bias = bias.data;
-    }
-    if (RunCublasLt(stream, op, *gemm)) return;
-    // f64 products have no bias epilogue; two steps lose nothing there.
-    if (bias && d.dtype == DType::kF64 && d.contiguous()) {
-      gemm->bias = nullptr;
-      if (RunCublasLt(stream, op, *gemm)) {
-        const View rows(d.data, d.dtype, {d.numel() / n, n}, d.device);
-        AddBiasAny(stream, rows, rows, bias);
-        return;
-      }
+  if (a.shape[-1] > 0) {
+    const Realigned ra(stream, a, true), rb(stream, b, true), rd(stream, d, beta != 0);
+    if (LibraryMatmul(stream, op, rd.view(), ra.view(), rb.view(), bias, beta)) {
+      if (Realigned::Needed(d)) Copy(stream, d, rd.view());
+      return;
     }
   }
   PlainMatmul(stream, op, d, a, b, bias, beta);

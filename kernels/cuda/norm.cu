@@ -67,12 +67,11 @@ __global__ void NormBackwardKernel(T* dx, bool accumulate_dx, Accumulator<T>* pa
                                    bool vector, bool in_shared) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];
   const int64_t begin = static_cast<int64_t>(threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   A* dweight_out = partial + blockIdx.x * columns;
   A* dbias_out = partial + (static_cast<int64_t>(gridDim.x) + blockIdx.x) * columns;
-  A* dweight = in_shared ? reinterpret_cast<A*>(dynamic_shared) : dweight_out;
+  A* dweight = in_shared ? reinterpret_cast<A*>(DynamicShared()) : dweight_out;
   A* dbias = in_shared ? dweight + CeilDiv(columns, step) * step : dbias_out;
   // Where this thread keeps its share of column d + e, d = begin modulo step.
   const auto slot = [&](int64_t d, int e) {
@@ -141,12 +140,12 @@ void Forward(const Stream& stream, const char* op, const View& out, const View& 
   const int64_t rows = x.dim(0), columns = x.dim(1);
   const DType statistics = AccumulatorDType(x.dtype);
   CheckDense(op, "x", x, x.shape);
-  CheckDenseAs(op, "out", out, x.shape, x.dtype);
-  CheckDenseAs(op, "weight", weight, {columns}, x.dtype);
-  CheckDenseAs(op, "rstd", rstd, {rows}, statistics);
+  CheckArray(op, "out", out, x.shape, x.dtype);
+  CheckArray(op, "weight", weight, {columns}, x.dtype);
+  CheckArray(op, "rstd", rstd, {rows}, statistics);
   if (kLayer) {
-    CheckDenseAs(op, "mean", mean, {rows}, statistics);
-    CheckDenseAs(op, "bias", bias, {columns}, x.dtype);
+    CheckArray(op, "mean", mean, {rows}, statistics);
+    CheckArray(op, "bias", bias, {columns}, x.dtype);
   }
   VisitFloat(x.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -167,13 +166,13 @@ void Backward(const Stream& stream, const char* op, const View& dx, bool accumul
   const int64_t rows = x.dim(0), columns = x.dim(1);
   const DType statistics = AccumulatorDType(x.dtype);
   CheckDense(op, "x", x, x.shape);
-  CheckDenseAs(op, "dx", dx, x.shape, x.dtype);
-  CheckDenseAs(op, "dy", dy, x.shape, x.dtype);
-  CheckDenseAs(op, "weight", weight, {columns}, x.dtype);
-  CheckDenseAs(op, "rstd", rstd, {rows}, statistics);
+  CheckArray(op, "dx", dx, x.shape, x.dtype);
+  CheckArray(op, "dy", dy, x.shape, x.dtype);
+  CheckArray(op, "weight", weight, {columns}, x.dtype);
+  CheckArray(op, "rstd", rstd, {rows}, statistics);
   CheckDense(op, "dweight", dweight, {columns});
   if (kLayer) {
-    CheckDenseAs(op, "mean", mean, {rows}, statistics);
+    CheckArray(op, "mean", mean, {rows}, statistics);
     CheckDense(op, "dbias", dbias, {columns});
   }
   VisitFloat(x.dtype, op, [&](auto tag) {

@@ -89,8 +89,7 @@ __global__ void SgdKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* 
 void CheckParameter(const char* op, const View& parameter, const View& master,
                     const View& gradient) {
   CheckDense(op, "parameter", parameter, parameter.shape);
-  if (master)
-    CheckDenseAs(op, "master", master, parameter.shape, AccumulatorDType(parameter.dtype));
+  if (master) CheckArray(op, "master", master, parameter.shape, AccumulatorDType(parameter.dtype));
   CheckDense(op, "gradient", gradient, parameter.shape);
   CheckComputeDType(op, "gradient", gradient);
 }
@@ -102,8 +101,8 @@ void AdamW(const Stream& stream, const View& parameter, const View& master, cons
   const char* op = "AdamW";
   const DType state = AccumulatorDType(parameter.dtype);
   CheckParameter(op, parameter, master, gradient);
-  CheckDenseAs(op, "m", m, parameter.shape, state);
-  CheckDenseAs(op, "v", v, parameter.shape, state);
+  CheckArray(op, "m", m, parameter.shape, state);
+  CheckArray(op, "v", v, parameter.shape, state);
   const int64_t n = parameter.numel();
   const double t = static_cast<double>(options.step);
   VisitFloat(parameter.dtype, op, [&](auto tag) {
@@ -133,7 +132,7 @@ void Sgd(const Stream& stream, const View& parameter, const View& master, const 
   SHOAL_CHECK(momentum || options.momentum == 0, op, "momentum {} without its buffer",
               options.momentum);
   if (momentum)
-    CheckDenseAs(op, "momentum", momentum, parameter.shape, AccumulatorDType(parameter.dtype));
+    CheckArray(op, "momentum", momentum, parameter.shape, AccumulatorDType(parameter.dtype));
   const int64_t n = parameter.numel();
   VisitFloat(parameter.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -37,7 +37,7 @@ __global__ void SumOfPartialsKernel(double* out, const double* partial, int coun
 
 template <bool kSquares>
 void SumAll(const Stream& stream, const char* op, const View& out, const View& x) {
-  CheckDenseAs(op, "out", out, {1}, DType::kF64);
+  CheckArray(op, "out", out, {1}, DType::kF64);
   CheckDense(op, "x", x, x.shape);
   const int64_t n = x.numel();
   VisitFloat(x.dtype, op, [&](auto tag) {

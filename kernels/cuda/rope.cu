@@ -22,8 +22,7 @@ __global__ void RopeKernel(T* out, HeadStrides out_strides, const T* x, HeadStri
                            double log2_theta, double sign, bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];
-  A* cosine = reinterpret_cast<A*>(dynamic_shared);
+  A* cosine = reinterpret_cast<A*>(DynamicShared());
   A* sine = cosine + half;
   int64_t t;
   const int64_t b = DivMod(blockIdx.x, tokens, &t);
@@ -72,7 +71,7 @@ void Rope(const Stream& stream, const View& out, const View& x, const View& posi
   CheckDType(op, "out", out, x.dtype);
   CheckUnitStride(op, "out", out);
   CheckUnitStride(op, "x", x);
-  CheckDenseAs(op, "positions", positions, {x.dim(0), x.dim(1)}, DType::kI32);
+  CheckArray(op, "positions", positions, {x.dim(0), x.dim(1)}, DType::kI32);
   SHOAL_CHECK(x.dim(3) % 2 == 0, op, "the head dimension {} is odd", x.dim(3));
   const int64_t tokens = x.dim(1), heads = x.dim(2), half = x.dim(3) / 2;
   if (x.numel() == 0) return;

@@ -80,7 +80,7 @@ void Softmax(const Stream& stream, const View& out, const View& x) {
   const char* op = "Softmax";
   CheckRank(op, "x", x, 2);
   CheckDense(op, "x", x, x.shape);
-  CheckDenseAs(op, "out", out, x.shape, x.dtype);
+  CheckArray(op, "out", out, x.shape, x.dtype);
   const int64_t rows = x.dim(0), columns = x.dim(1);
   VisitFloat(x.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -94,8 +94,8 @@ void SoftmaxBackward(const Stream& stream, const View& dx, const View& dy, const
   const char* op = "SoftmaxBackward";
   CheckRank(op, "out", out, 2);
   CheckDense(op, "out", out, out.shape);
-  CheckDenseAs(op, "dy", dy, out.shape, out.dtype);
-  CheckDenseAs(op, "dx", dx, out.shape, out.dtype);
+  CheckArray(op, "dy", dy, out.shape, out.dtype);
+  CheckArray(op, "dx", dx, out.shape, out.dtype);
   const int64_t rows = out.dim(0), columns = out.dim(1);
   VisitFloat(out.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -1,0 +1,170 @@
+// Enough of CUDA to compile kernels/cuda/*.cu with a C++ compiler and to run them on a CPU, one
+// block after the other. A thread of a block is a fibre of its own, which runs until it meets a
+// barrier or a warp's exchange; who runs next is shuffled, so that a missing barrier gives wrong
+// values instead of going unnoticed. Memory is the host's.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <functional>
+#include <type_traits>
+
+#define SHOAL_CUDA_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_emulation {
+
+void BlockBarrier();
+void WarpBarrier();  // of all 32 lanes of the current thread's warp
+unsigned char* DynamicSharedMemory();
+// Every lane gives `bytes` bytes (at most 64); the result is lane `from`'s.
+void WarpExchange(const void* mine, size_t bytes, int from, void* result);
+// Runs `thread` for every thread of every block.
+void Run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
+
+}  // namespace cuda_emulation
+
+// Of the thread that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline int EmulatedLane() { return static_cast<int>(threadIdx.x % 32); }
+
+inline void __syncthreads() { cuda_emulation::BlockBarrier(); }
+inline void __syncwarp() { cuda_emulation::WarpBarrier(); }
+inline void __threadfence_system() {}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  T result;
+  cuda_emulation::WarpExchange(&value, sizeof(T), lane, &result);
+  return result;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, EmulatedLane() ^ lanes);
+}
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (__shfl_sync(mask, value, lane) == value) same |= 1u << lane;
+  return same;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __int_as_float(int bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+template <class T>
+T atomicCAS(T* address, T compare, T value) {
+  const T before = *address;
+  if (before == compare) *address = value;
+  return before;
+}
+
+// The runtime library ---------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaHostAllocPortable = 1, cudaStreamNonBlocking = 1 };
+using cudaStream_t = struct EmulatedStream*;
+struct cudaDeviceProp {
+  char name[256];
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaEmulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  strcpy(properties->name, "emulated on the CPU");
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 99 << 10;  // the least of the architectures that the code is built for
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *data ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* data) {
+  free(data);
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
+  return cudaMalloc(data, bytes);
+}
+inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = static_cast<cudaStream_t>(malloc(1));
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  free(stream);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  memset(data, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* out, const void* data, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  memcpy(out, data, bytes);
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  if (config->gridDim.y > 65535 || config->gridDim.z > 65535 || config->blockDim.x > 1024)
+    return cudaErrorInvalidValue;
+  cuda_emulation::Run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                      [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaSuccess;
+}
+
+// In kernels/cuda/device_utils.cuh where CUDA is.
+namespace shoal::kernels::cuda {
+inline unsigned char* DynamicShared() { return ::cuda_emulation::DynamicSharedMemory(); }
+}  // namespace shoal::kernels::cuda
