@@ -83,25 +83,23 @@ __device__ __forceinline__ A Sigmoid(A x) {
   return A(1) / (A(1) + exp(-x));
 }
 
-// gelu(x) = x (1 + t) / 2 with t = tanh(c (x + a x^3)).
+// gelu(x) = x (1 + tanh u) / 2 = x sigmoid(2 u), u = c (x + a x^3): the latter keeps its digits
+// where tanh u is near -1.
 template <class A>
 struct GeluFunction {
   static constexpr A c = A(0.79788456080286535588), a = A(0.044715);
-  __device__ static A Tanh(A x) { return tanh(c * x * (A(1) + a * x * x)); }
-  __device__ void operator()(const A (&x)[1], A (&y)[1]) const {
-    y[0] = A(0.5) * x[0] * (A(1) + Tanh(x[0]));
-  }
+  __device__ static A Gate(A x) { return Sigmoid(A(2) * c * x * (A(1) + a * x * x)); }
+  __device__ void operator()(const A (&x)[1], A (&y)[1]) const { y[0] = x[0] * Gate(x[0]); }
 };
 
 template <class A>
 struct GeluBackwardFunction {  // x = {dy, x}
   __device__ void operator()(const A (&x)[2], A (&y)[1]) const {
     using G = GeluFunction<A>;
-    const A t = G::Tanh(x[1]), slope = A(1) - t * t;
-    // Where tanh is flat its slope is 0, even if x^2 overflows.
-    const A tail =
-        slope == A(0) ? A(0) : A(0.5) * x[1] * slope * G::c * (A(1) + A(3) * G::a * x[1] * x[1]);
-    y[0] = x[0] * (A(0.5) * (A(1) + t) + tail);
+    const A gate = G::Gate(x[1]), slope = A(2) * gate * (A(1) - gate);
+    // Where the gate is flat its slope is 0, even if x^2 overflows.
+    const A tail = slope == A(0) ? A(0) : x[1] * slope * G::c * (A(1) + A(3) * G::a * x[1] * x[1]);
+    y[0] = x[0] * (gate + tail);
   }
 };
 

@@ -45,9 +45,16 @@ namespace {
 constexpr int kMostThreads = 1024, kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kMostShared = 256 << 10, kGuard = 256;
-constexpr size_t kMostExchange = 64;
+
+struct Copy {
+  void* to;
+  char data[16];
+  int group;
+};
 
 struct Fibre {
+  std::vector<Copy> copies;  // on their way
+  int copy_groups = 0;       // closed so far
   int thread = 0;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -67,7 +74,7 @@ struct Machine {
   const std::function<void()>* body = nullptr;
   Barrier block_barrier;
   Barrier warp_barriers[kMostThreads / kWarp];
-  char exchange[kMostThreads][kMostExchange];
+  Lanes lanes[kMostThreads / kWarp];
   alignas(1024) unsigned char shared[kMostShared + kGuard];
   int64_t progress = 0;  // barriers opened and threads ended
   uint64_t draws = 0;
@@ -146,6 +153,12 @@ void RunBlock(Machine& m, size_t shared) {
     SHOAL_CHECK(m.progress != before, "emulation",
                 "all threads wait: a barrier is not reached by all of a block or warp");
   }
+  int not_waited = 0;
+  for (Fibre& fibre : m.fibres) {
+    not_waited += !fibre.copies.empty();
+    fibre.copies.clear();
+  }
+  SHOAL_CHECK(not_waited == 0, "emulation", "{} threads end with copies on their way", not_waited);
   for (size_t i = 0; i < kGuard; ++i)
     SHOAL_CHECK(m.shared[shared + i] == 0xff, "emulation",
                 "writes {} bytes behind its {} bytes of shared memory", i, shared);
@@ -175,13 +188,37 @@ void WarpBarrier() {
   while (barrier.generation == generation) Yield();
 }
 
-void WarpExchange(const void* mine, size_t bytes, int from, void* result) {
+void WarpTogether(void* mine, void (*f)(Lanes& all)) {
   Machine& m = TheMachine();
-  const int thread = m.current->thread;
-  memcpy(m.exchange[thread], mine, bytes);
+  const int thread = m.current->thread, warp = thread / kWarp;
+  m.lanes[warp][thread % kWarp] = mine;
+  if (m.warp_barriers[warp].arrived == kWarp - 1) f(m.lanes[warp]);
   WarpBarrier();
-  memcpy(result, m.exchange[thread / kWarp * kWarp + from], bytes);
-  WarpBarrier();
+}
+
+void StartCopy(void* to, const void* from) {
+  Machine& m = TheMachine();
+  Fibre& fibre = *m.current;
+  SHOAL_CHECK(
+      reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
+      "emulation", "a misaligned copy");
+  Copy copy{to, {}, fibre.copy_groups};
+  if (from) memcpy(copy.data, from, sizeof copy.data);
+  if (Draw(m) % 2)
+    memcpy(to, copy.data, sizeof copy.data);
+  else
+    fibre.copies.push_back(copy);
+}
+
+void CloseCopyGroup() { ++TheMachine().current->copy_groups; }
+
+void WaitForCopyGroups(int pending) {
+  Fibre& fibre = *TheMachine().current;
+  std::erase_if(fibre.copies, [&](const Copy& copy) {
+    if (copy.group >= fibre.copy_groups - pending) return false;
+    memcpy(copy.to, copy.data, sizeof copy.data);
+    return true;
+  });
 }
 
 void Run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {

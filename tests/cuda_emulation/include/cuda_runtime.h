@@ -31,8 +31,15 @@ namespace cuda_emulation {
 void BlockBarrier();
 void WarpBarrier();  // of all 32 lanes of the current thread's warp
 unsigned char* DynamicSharedMemory();
-// Every lane gives `bytes` bytes (at most 64); the result is lane `from`'s.
-void WarpExchange(const void* mine, size_t bytes, int from, void* result);
+// Each lane of the warp brings `mine`; the last to come calls f with all of them, by lane.
+using Lanes = void* [32];
+void WarpTogether(void* mine, void (*f)(Lanes& all));
+// Asynchronous copies to shared memory of 16 bytes from `from`, or of zeros where it is null. One
+// happens when it is started or when it is waited for, as a coin falls: whoever reads too early or
+// overwrites too early is found out, and so is a thread that ends without having waited.
+void StartCopy(void* to, const void* from);
+void CloseCopyGroup();
+void WaitForCopyGroups(int pending);
 // Runs `thread` for every thread of every block.
 void Run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 
@@ -49,19 +56,34 @@ inline void __threadfence_system() {}
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  T result;
-  cuda_emulation::WarpExchange(&value, sizeof(T), lane, &result);
-  return result;
+  struct Lane {
+    T value, result;
+    int from;
+  } mine = {value, value, lane};
+  cuda_emulation::WarpTogether(&mine, [](cuda_emulation::Lanes& all) {
+    for (void* p : all) {
+      Lane& to = *static_cast<Lane*>(p);
+      to.result = static_cast<Lane*>(all[to.from])->value;
+    }
+  });
+  return mine.result;
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return __shfl_sync(mask, value, EmulatedLane() ^ lanes);
 }
-inline unsigned __match_any_sync(unsigned mask, int value) {
-  unsigned same = 0;
-  for (int lane = 0; lane < 32; ++lane)
-    if (__shfl_sync(mask, value, lane) == value) same |= 1u << lane;
-  return same;
+inline unsigned __match_any_sync(unsigned, int value) {
+  struct Lane {
+    int value;
+    unsigned same;
+  } mine = {value, 0};
+  cuda_emulation::WarpTogether(&mine, [](cuda_emulation::Lanes& all) {
+    for (void* p : all)
+      for (int i = 0; i < 32; ++i)
+        if (static_cast<Lane*>(all[i])->value == static_cast<Lane*>(p)->value)
+          static_cast<Lane*>(p)->same |= 1u << i;
+  });
+  return mine.same;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __int_as_float(int bits) {
