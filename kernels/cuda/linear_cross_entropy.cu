@@ -79,6 +79,23 @@ __global__ void CrossEntropyKernel(Accumulator<T>* losses, Accumulator<T>* logit
   }
 }
 
+// out = x with zeros in ignored rows: the product for dw multiplies each row by its gradient, which
+// is 0 there, and 0 times an infinity would not be.
+template <class T>
+__global__ void KeepLabelledKernel(T* out, const T* x, const int32_t* labels, int64_t rows,
+                                   int64_t columns, int64_t chunks, bool vector) {
+  using A = Accumulator<T>;
+  constexpr int N = kChunk<T>;
+  int64_t chunk;
+  const int64_t row =
+      DivMod(static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks, &chunk);
+  if (row >= rows) return;
+  const int64_t d = chunk * N;
+  A v[N] = {};
+  if (labels[row] >= 0) LoadChunk(v, x + row * columns + d, columns - d, vector);
+  StoreChunk(out + row * columns + d, v, columns - d, vector);
+}
+
 }  // namespace
 
 void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx, const View& dw,
@@ -107,6 +124,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const int64_t chunk = std::min(options.chunk_tokens, tokens);
   const bool gradient = dx || dw;
 
+  Scratch x_memory(stream, dw ? chunk * width * SizeOf(x.dtype) : 0);
   Scratch logits_memory(stream, chunk * vocabulary * SizeOf(wide));
   // A bf16 sum over many chunks would lose digits at each: it is held in f32.
   const bool wide_sum = dw && dw.dtype == DType::kBF16 && (chunk < tokens || accumulate_dw);
@@ -116,7 +134,18 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
 
   for (int64_t first = 0; first < tokens; first += chunk) {
     const int64_t rows = std::min(chunk, tokens - first);
-    const View x_rows = x.Narrow(0, first, rows);
+    View x_rows = x.Narrow(0, first, rows);
+    if (dw) {
+      const View kept(x_memory.as<char>(), x.dtype, {rows, width}, x.device);
+      VisitFloat(x.dtype, op, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const int64_t chunks = CeilDiv(width, kChunk<T>);
+        Launch(stream, op, KeepLabelledKernel<T>, GridSize(op, CeilDiv(rows * chunks, kThreads)),
+               kThreads, 0, kept.as<T>(), x_rows.as<T>(), labels.as<int32_t>() + first, rows, width,
+               chunks, width % kChunk<T> == 0 && AllAligned16(kept.data, x_rows.data));
+      });
+      x_rows = kept;
+    }
     const View logits(logits_memory.as<char>(), wide, {rows, vocabulary}, x.device);
     Matmul(stream, logits, x_rows, w.Transposed(), {}, 0);
     VisitFloat(x.dtype, op, [&](auto tag) {
