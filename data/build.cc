@@ -64,7 +64,7 @@ void CheckOutput(const BuildOptions& options, const std::vector<std::string>& fi
   for (const std::string& file : files)
     if (!options.overwrite && fs::exists(file, error))
       SHOAL_FAIL(ErrorKind::kStorage, "data build",
-                 "{} exists. Give another name, or say that it may be overwritten", file);
+                 "{} exists. Give another name, or --overwrite to replace it", file);
 }
 
 }  // namespace

@@ -174,11 +174,15 @@ std::vector<std::string> ListTextFiles(const std::string& path) {
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
   if (status.type() == fs::file_type::not_found)
-    SHOAL_FAIL(ErrorKind::kData, "text", "{} does not exist", path);
+    SHOAL_FAIL(
+        ErrorKind::kData, "text",
+        "{} does not exist. Data is a text file, a directory of text, an .h5 of token ids or "
+        "the prefix of a .bin and an .idx",
+        path);
   if (error) SHOAL_FAIL(ErrorKind::kData, "text", "cannot read {}: {}", path, error.message());
   if (!fs::is_directory(status)) {
     if (fs::is_regular_file(status) && fs::file_size(path, error) == 0)
-      SHOAL_FAIL(ErrorKind::kData, "text", "{} is empty", path);
+      SHOAL_FAIL(ErrorKind::kData, "text", "{} is empty: there is no text to learn from", path);
     return {path};
   }
   std::vector<std::string> files;

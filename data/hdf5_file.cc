@@ -217,9 +217,10 @@ std::shared_ptr<const TokenSource> OpenHdf5(const CorpusOptions& options) {
     if (overflow) SHOAL_FAIL(ErrorKind::kData, "hdf5", "{} is too large to be true", where);
     if (i > 0) row *= static_cast<int64_t>(dims[i]);
   }
-  if (count == 0) SHOAL_FAIL(ErrorKind::kData, "hdf5", "{} is empty", where);
+  if (count == 0)
+    SHOAL_FAIL(ErrorKind::kData, "hdf5", "{} is empty: there are no ids to learn from", where);
 
-  SourceInfo info{.path = where, .format = "hdf5", .dtype = Name(type)};
+  SourceInfo info{.path = path, .format = "hdf5", .dtype = Name(type)};
   info.stored_bytes = bytes.size();
   info.end_of_document = ReadEndOfDocument(dataset);
   if (!info.end_of_document) info.end_of_document = options.end_of_document;

@@ -135,7 +135,9 @@ std::shared_ptr<const TokenSource> OpenIndexed(const CorpusOptions& options) {
         "{} has {} bytes, but its index describes {} ids of type {}, {} bytes. One of the two "
         "is cut short or belongs to another",
         bin_path, bin.size(), tokens, Name(index->type), tokens * SizeOf(index->type));
-  if (tokens == 0) SHOAL_FAIL(ErrorKind::kData, "bin/idx", "{} is empty", bin_path);
+  if (tokens == 0)
+    SHOAL_FAIL(ErrorKind::kData, "bin/idx", "{} is empty: there are no ids to learn from",
+               bin_path);
 
   SourceInfo info{.path = bin_path, .format = "bin/idx", .dtype = Name(index->type)};
   info.stored_bytes = bin.size() + index->file.size();

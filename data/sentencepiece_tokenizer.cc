@@ -29,7 +29,12 @@ size_t PartEnd(std::string_view text, size_t begin, size_t size) {
   return std::min(end, text.size());
 }
 
-std::string Message(const sentencepiece::util::Status& status) { return status.message(); }
+// What the library says, without the place in its source that it puts before.
+std::string Message(const sentencepiece::util::Status& status) {
+  const std::string text = status.message();
+  const size_t place = text.rfind("] ");
+  return place == std::string::npos ? text : text.substr(place + 2);
+}
 
 // The lines of a corpus for the trainer, cut to a length that it does not discard, thinned to
 // `keep` of every `of` bytes.
@@ -133,13 +138,18 @@ SentencePieceTokenizer::SentencePieceTokenizer(const std::string& path)
                "model; `shoal data build` trains one",
                path);
   const FileBytes bytes(path);
-  const sentencepiece::util::Status status =
-      bytes.size() == 0 ? sentencepiece::util::Status(sentencepiece::util::StatusCode::kDataLoss,
-                                                      "the file is empty")
-                        : model_->processor.LoadFromSerializedProto(bytes.text());
-  if (!status.ok() || model_->processor.GetPieceSize() <= 0)
-    SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} is no SentencePiece model: {}", path,
-               status.ok() ? "it has no pieces" : Message(status));
+  std::string problem;
+  if (bytes.size() == 0) {
+    problem = "the file is empty";
+  } else if (const auto status = model_->processor.LoadFromSerializedProto(bytes.text());
+             !status.ok()) {
+    problem = Message(status);
+    if (problem.empty()) problem = "it is damaged or of another kind";
+  } else if (model_->processor.GetPieceSize() <= 0) {
+    problem = "it has no pieces";
+  }
+  if (!problem.empty())
+    SHOAL_FAIL(ErrorKind::kData, "tokenizer", "{} is no SentencePiece model: {}", path, problem);
   if (model_->processor.eos_id() < 0)
     SHOAL_FAIL(ErrorKind::kData, "tokenizer",
                "{} has no end-of-sentence piece, which ends documents here. Train the model with "

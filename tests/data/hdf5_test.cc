@@ -91,7 +91,7 @@ TEST(Hdf5, EveryIntegerTypeOrderAndLayout) {
         EXPECT_EQ(source->info().dtype, name);
         EXPECT_EQ(source->info().format, "hdf5");
         EXPECT_FALSE(source->has_documents());
-        ExpectDataError({"d.h5", "\"tokens\": token 11 has the id 100", "vocabulary of 100"},
+        ExpectDataError({"d.h5: token 11 has the id 100", "vocabulary of 100"},
                         [&] { OpenCorpus({.path = path, .vocab = 100}); });
       }
     }
