@@ -20,7 +20,9 @@ namespace {
 using namespace shoal;  // NOLINT: a program
 using Clock = std::chrono::steady_clock;
 
-double Since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double Since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 Batch RandomBatch(int64_t count, int64_t length, int64_t vocab, uint32_t seed) {
   std::mt19937 random(seed);
@@ -71,7 +73,9 @@ int Measure(const Options& o, Communicator& communicator) {
   training.model = *preset;
   training.model.context = std::max(preset->context, o.length);
   training.compute = ComputeDType(config);
-  training.gradients = o.micro_batches > 1 ? AccumulatorDType(training.compute) : training.compute;
+  training.gradients = o.micro_batches * communicator.size() > 1
+                           ? AccumulatorDType(training.compute)
+                           : training.compute;
   training.rule.weight_decay = 0.1;
   training.clip = 1;
   if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
@@ -105,17 +109,18 @@ int Measure(const Options& o, Communicator& communicator) {
   std::sort(seconds.begin(), seconds.end());
   const double tokens = static_cast<double>(o.batch * o.length);
   const MemoryStats memory = ExecutionContext::Current().allocator()->stats();
-  nlohmann::ordered_json json = {{"model", o.model},
-                                 {"batch", o.batch},
-                                 {"sequence_length", o.length},
-                                 {"precision", o.precision},
-                                 {"threads", KernelThreads() * communicator.size()},
-                                 {"ranks", communicator.size()},
-                                 {"tokens_per_second", tokens / seconds[seconds.size() / 2]},
-                                 {"tokens_per_second_best", tokens / seconds[0]},
-                                 {"peak_rss_mb", static_cast<double>(usage.ru_maxrss) / 1024},
-                                 {"allocator_peak_mb", static_cast<double>(memory.peak_total) / (1 << 20)},
-                                 {"gemm_gflops", gemm}};
+  nlohmann::ordered_json json = {
+      {"model", o.model},
+      {"batch", o.batch},
+      {"sequence_length", o.length},
+      {"precision", o.precision},
+      {"threads", KernelThreads() * communicator.size()},
+      {"ranks", communicator.size()},
+      {"tokens_per_second", tokens / seconds[seconds.size() / 2]},
+      {"tokens_per_second_best", tokens / seconds[0]},
+      {"peak_rss_mb", static_cast<double>(usage.ru_maxrss) / 1024},
+      {"allocator_peak_mb", static_cast<double>(memory.peak_total) / (1 << 20)},
+      {"gemm_gflops", gemm}};
   for (const auto& [name, s] : profile.parts()) json["percent"][name] = 100 * s / all;
   json["percent"]["host"] = 100 * (all - profile.total()) / all;
   std::cout << json.dump() << std::endl;

@@ -91,6 +91,7 @@ struct SequenceConfig {
 
 struct PrecisionConfig {
   std::string compute = "fp32";
+  std::string gradients = "auto";
   bool operator==(const PrecisionConfig&) const = default;
 };
 

@@ -202,6 +202,13 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
 }
 
 void CheckSupported(const Config& config) {
+  const PrecisionConfig& p = config.precision;
+  if ((p.gradients == "bf16" && p.compute != "bf16") ||
+      (p.gradients == "fp32" && p.compute == "fp64"))
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "precision.gradients \"{}\" is narrower than precision.compute \"{}\": leave it at "
+               "\"auto\"",
+               p.gradients, p.compute);
   const auto later = [](bool wanted, const std::string& what) {
     if (wanted)
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",

@@ -151,6 +151,9 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(precision, compute, "of the passes; bf16 keeps weights and sums in fp32 as well")
           .OneOf({"fp32", "bf16", "fp64"}),
 
+      KEY(precision, gradients,
+          "auto: as compute with one pass on one rank; fp32 as soon as shares are added up")
+          .OneOf({"auto", "fp32", "bf16"}),
       KEY(memory, recompute, "activations that backward computes again")
           .OneOf({"none", "full", "selective", "auto"}),
       KEY(memory, budget, "memory of one rank").Bytes().LeftOut("no limit"),

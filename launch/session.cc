@@ -41,9 +41,15 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   TrainingOptions options;
   options.model = ModelShape(config);
   options.compute = ComputeDType(config);
-  // One micro-batch is one product per weight, accumulated in f32 inside; several are added up
-  // outside.
-  options.gradients = plan.micro_batches > 1 ? AccumulatorDType(options.compute) : options.compute;
+  // Shares of a gradient that are added up, over micro-batches or ranks, are held and exchanged in
+  // f32. One pass on one rank is a single product per weight, accumulated in f32 inside, and may be
+  // stored rounded.
+  const bool shares = plan.micro_batches * plan.dp > 1;
+  options.gradients = shares ? AccumulatorDType(options.compute) : options.compute;
+  if (config.precision.gradients == "fp32" && options.compute == DType::kBF16)
+    options.gradients = DType::kF32;
+  if (config.precision.gradients == "bf16" && options.compute == DType::kBF16)
+    options.gradients = DType::kBF16;
   options.rule.name = config.optim.name;
   options.rule.beta1 = config.optim.betas[0];
   options.rule.beta2 = config.optim.betas[1];

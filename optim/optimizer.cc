@@ -1,5 +1,6 @@
 #include "optim/optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/reduce.h"
@@ -74,6 +75,8 @@ std::vector<Optimizer::State> Optimizer::States() const {
   return all;
 }
 
-double ClipScale(double norm, double clip) { return clip > 0 && norm > clip ? clip / norm : 1; }
+double ClipScale(double norm, double clip) {
+  return clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1;
+}
 
 }  // namespace shoal

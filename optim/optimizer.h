@@ -44,7 +44,8 @@ class Optimizer {
   int64_t step_ = 0;
 };
 
-// What the gradient is multiplied by so that its norm does not exceed `clip` (0: never clipped).
+// What the gradient is multiplied by so that its norm does not exceed `clip` (0: never clipped):
+// min(1, clip / (norm + 1e-6)), PyTorch's clip_grad_norm_ to the digit.
 double ClipScale(double norm, double clip);
 
 }  // namespace shoal

@@ -1,0 +1,148 @@
+// Trains small models on synthetic batches, to be compared over layouts: what any number of ranks
+// and micro-batches computes must be what one rank does with the whole batch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "launch/training_step.h"
+
+namespace shoal::testing {
+
+inline constexpr int64_t kSequences = 36;  // 3 ranks x 3 micro-batches, 4 x 3, ..
+inline constexpr int kSteps = 10;
+
+struct Recipe {
+  std::string model = "llama";
+  DType dtype = DType::kF64;
+  std::string optimizer = "adamw";
+  double lr = 1e-2;
+  int64_t length = 5;  // odd
+  int steps = kSteps;
+  bool gqa = false, tied = false, documents = false;  // beside what the model's name says
+  double dropout = 0;
+};
+
+// Everything that must agree.
+struct Outcome {
+  std::vector<double> losses, norms;
+  std::vector<std::string> names;
+  std::vector<std::vector<double>> parameters;
+};
+
+inline ModelConfig Model(const Recipe& recipe) {
+  const std::string& name = recipe.model;
+  ModelConfig c;
+  c.layers = 2;
+  c.d_model = 24;
+  c.heads = 6;
+  c.kv_heads = 6;
+  c.head_dim = 4;
+  c.mlp = 37;
+  c.vocab = 65;
+  c.context = 16;
+  if (name == "gpt2") {
+    c.family = "gpt2";
+    c.tied = true;
+    c.dropout = 0.1;
+  } else if (name == "llama-gqa-tied") {
+    c.kv_heads = 2;
+    c.tied = true;
+  }
+  if (recipe.gqa) c.kv_heads = 3;
+  if (recipe.tied) c.tied = true;
+  if (recipe.dropout > 0) c.dropout = recipe.dropout;
+  return c;
+}
+
+// Row i of step s: ids by a generator of its own; some labels are ignored, unequally over the rows.
+inline Batch MakeBatch(int64_t step, const std::vector<int64_t>& rows, const Recipe& recipe,
+                       int64_t vocab) {
+  const int64_t length = recipe.length;
+  Batch batch;
+  batch.count = static_cast<int64_t>(rows.size());
+  batch.length = length;
+  for (int64_t row : rows) {
+    std::mt19937 random(static_cast<uint32_t>(step * 1000 + row));
+    for (int64_t t = 0; t < length; ++t) {
+      batch.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
+      const bool ignored = random() % 10 < static_cast<uint32_t>(row % 4);
+      batch.labels.push_back(
+          ignored ? kIgnoredLabel : static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
+      batch.labelled += !ignored;
+      batch.positions.push_back(static_cast<int32_t>(t));
+      if (recipe.documents) batch.documents.push_back(t > row % 3 ? 1 : 0);
+      batch.token_numbers.push_back((step * kSequences + row) * length + t);
+    }
+  }
+  return batch;
+}
+
+inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
+                     const std::vector<int64_t>& order) {
+  TrainingOptions options;
+  options.model = Model(recipe);
+  options.compute = recipe.dtype;
+  options.gradients = AccumulatorDType(recipe.dtype);
+  options.rule.name = recipe.optimizer;
+  options.rule.weight_decay = 0.1;
+  options.rule.momentum = 0.9;
+  options.clip = 1;
+  options.seed = 5;
+  TrainingStep step(options, communicator);
+  Outcome outcome;
+  const int64_t share = kSequences / communicator.size(), micro = share / micro_batches;
+  for (int s = 0; s < recipe.steps; ++s) {
+    std::vector<Batch> batches;
+    for (int64_t m = 0; m < micro_batches; ++m) {
+      const auto first = order.begin() + communicator.rank() * share + m * micro;
+      batches.push_back(MakeBatch(s, {first, first + micro}, recipe, options.model.vocab));
+    }
+    const TrainingStep::Result result = step.Run(batches, recipe.lr);
+    outcome.losses.push_back(result.loss);
+    outcome.norms.push_back(result.grad_norm);
+  }
+  for (const auto& p : step.model().Parameters()) {
+    outcome.names.push_back(p->name());
+    outcome.parameters.push_back(p->value().ToVector());
+  }
+  return outcome;
+}
+
+inline std::vector<int64_t> InOrder() {
+  std::vector<int64_t> order(kSequences);
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+inline Outcome OneRank(const Recipe& recipe, const std::vector<int64_t>& order = InOrder()) {
+  return Train(recipe, *MakeSelfCommunicator(), 1, order);
+}
+
+inline double Difference(const std::vector<double>& a, const std::vector<double>& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i)
+    worst = std::max(worst, std::abs(a[i] - b[i]) / std::abs(a[i]));
+  return worst;
+}
+
+// Of one tensor, over max(largest value, steps lr): a gradient that is zero but for rounding moves
+// AdamW by noise of about lr a step.
+inline double ParameterDifference(const std::vector<double>& a, const std::vector<double>& b,
+                                  double lr) {
+  double largest = kSteps * lr, worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    largest = std::max(largest, std::abs(a[i]));
+    worst = std::max(worst, std::abs(a[i] - b[i]));
+  }
+  return worst / largest;
+}
+
+// GPT-2's key bias has no gradient but rounding, so AdamW moves it by noise: it is not compared.
+inline bool IsNoise(const std::string& name) { return name.ends_with("attention.k.bias"); }
+
+}  // namespace shoal::testing
