@@ -15,22 +15,47 @@ HWY_BEFORE_NAMESPACE();
 namespace shoal::kernels::cpu::HWY_NAMESPACE {
 
 template <class To, class From>
-void ConvertContiguous(void* to, const void* from, int64_t n) {
-  Map<ComputeType<To, From>>(
-      n, [](auto, auto v) { return v; }, static_cast<To*>(to), static_cast<const From*>(from));
+void ConvertContiguous(void* to, const void* from, int64_t n, bool past) {
+  MapPastCaches<ComputeType<To, From>>(
+      n, past, [](auto, auto v) { return v; }, static_cast<To*>(to),
+      static_cast<const From*>(from));
 }
 
 // Converts n contiguous elements between the three types that training uses. False: not these.
-bool ConvertFloats(DType to_type, void* to, DType from_type, const void* from, int64_t n) {
-  using F = void (*)(void*, const void*, int64_t);
+bool ConvertFloats(DType to_type, void* to, DType from_type, const void* from, int64_t n,
+                   bool past) {
+  using F = void (*)(void*, const void*, int64_t, bool);
   constexpr F kTable[3][3] = {
       {nullptr, ConvertContiguous<double, float>, ConvertContiguous<double, BF16>},
       {ConvertContiguous<float, double>, nullptr, ConvertContiguous<float, BF16>},
       {ConvertContiguous<BF16, double>, ConvertContiguous<BF16, float>, nullptr}};
   const int i = static_cast<int>(to_type), j = static_cast<int>(from_type);
   if (i > 2 || j > 2 || !kTable[i][j]) return false;
-  kTable[i][j](to, from, n);
+  kTable[i][j](to, from, n, past);
   return true;
+}
+
+// n bytes past the caches; `to` is aligned to 64.
+void CopyPastCaches(void* to, const void* from, int64_t n) {
+  const hn::ScalableTag<uint8_t> d;
+  const int64_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+  auto* out = static_cast<uint8_t*>(to);
+  const auto* in = static_cast<const uint8_t*>(from);
+  for (int64_t i = 0; i < whole; i += lanes) hn::Stream(hn::LoadU(d, in + i), d, out + i);
+  std::memcpy(out + whole, in + whole, n - whole);
+  hwy::FlushStream();
+}
+
+// n bytes of `to`, which is aligned to the elements that `pattern` [64] repeats.
+void FillBytes(void* to, const uint8_t* pattern, int64_t n, bool past) {
+  const hn::CappedTag<uint8_t, 64> d;
+  const int64_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+  auto* out = static_cast<uint8_t*>(to);
+  const auto v = hn::LoadU(d, pattern);
+  for (int64_t i = 0; i < whole; i += lanes)
+    past ? hn::Stream(v, d, out + i) : hn::StoreU(v, d, out + i);
+  std::memcpy(out + whole, pattern, n - whole);
+  if (past) hwy::FlushStream();
 }
 
 }  // namespace shoal::kernels::cpu::HWY_NAMESPACE
@@ -41,6 +66,8 @@ namespace shoal::kernels::cpu {
 namespace {
 
 HWY_EXPORT(ConvertFloats);
+HWY_EXPORT(CopyPastCaches);
+HWY_EXPORT(FillBytes);
 
 template <class To, class From>
 To Convert(From x) {
@@ -118,13 +145,18 @@ struct Loops {
   }
 };
 
-void CopyRow(const View& out, const View& x, RowFunction strided, const Row& r) {
+void CopyRow(const View& out, const View& x, RowFunction strided, const Row& r, bool past) {
   if (r.to_stride == 1 && r.from_stride == 1) {
     if (out.dtype == x.dtype) {
-      std::memcpy(r.to, r.from, r.n * SizeOf(out.dtype));
+      const size_t bytes = r.n * SizeOf(out.dtype);
+      if (past) {
+        HWY_DYNAMIC_DISPATCH(CopyPastCaches)(r.to, r.from, bytes);
+      } else {
+        std::memcpy(r.to, r.from, bytes);
+      }
       return;
     }
-    if (HWY_DYNAMIC_DISPATCH(ConvertFloats)(out.dtype, r.to, x.dtype, r.from, r.n)) return;
+    if (HWY_DYNAMIC_DISPATCH(ConvertFloats)(out.dtype, r.to, x.dtype, r.from, r.n, past)) return;
   }
   strided(r);
 }
@@ -142,10 +174,12 @@ void Copy(const Stream&, const View& out, const View& x) {
   const RowFunction strided = StridedFunction(out.dtype, x.dtype);
   const int inner = loops.rank - 1;
   const int64_t to_size = SizeOf(out.dtype), from_size = SizeOf(x.dtype);
+  const bool past = inner == 0 && WritesPastCaches(out, {&x});
   const auto row = [&](int64_t to, int64_t from, int64_t count) {
     CopyRow(out, x, strided,
             {out.as<char>() + to * to_size, loops.to[inner], x.as<const char>() + from * from_size,
-             loops.from[inner], count});
+             loops.from[inner], count},
+            past);
   };
   if (inner == 0) {
     ParallelFlat(n, [&](int64_t begin, int64_t end) {
@@ -178,14 +212,22 @@ void Copy(const Stream&, const View& out, const View& x) {
 }
 
 void Fill(const Stream& stream, const View& out, double value) {
-  // One element, repeated by strides of 0.
-  char element[8];
+  uint8_t pattern[64];
   VisitAny(out.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T v = static_cast<T>(value);
-    std::memcpy(element, &v, sizeof(T));
+    for (size_t i = 0; i < sizeof(pattern); i += sizeof(T)) std::memcpy(pattern + i, &v, sizeof(T));
   });
-  View x(element, out.dtype, out.shape);
+  if (out.contiguous()) {
+    const int64_t size = SizeOf(out.dtype);
+    const bool past = WritesPastCaches(out, {});
+    ParallelFlat(out.numel(), [&](int64_t begin, int64_t end) {
+      HWY_DYNAMIC_DISPATCH(FillBytes)
+      (out.as<char>() + begin * size, pattern, (end - begin) * size, past);
+    });
+    return;
+  }
+  View x(pattern, out.dtype, out.shape);  // one element, repeated by strides of 0
   for (int d = 0; d < x.rank(); ++d) x.strides[d] = 0;
   Copy(stream, out, x);
 }

@@ -17,9 +17,10 @@ template <class F, class... In>
 void Pointwise(F f, const View& out, const In&... in) {
   VisitFloat(out.dtype, "elementwise", [&](auto tag) {
     using T = typename decltype(tag)::type;
+    const bool past = WritesPastCaches(out, {&in...});
     ParallelFlat(out.numel(), [&](int64_t begin, int64_t end) {
-      Map<Accumulator<T>>(end - begin, f, out.as<T>() + begin,
-                          static_cast<const T*>(in.data) + begin...);
+      MapPastCaches<Accumulator<T>>(end - begin, past, f, out.as<T>() + begin,
+                                    static_cast<const T*>(in.data) + begin...);
     });
   });
 }
@@ -36,9 +37,10 @@ void AddImpl(const View& out, const View& a, const View& b, double alpha, double
         using Out = typename decltype(out_tag)::type;
         using A = typename decltype(a_tag)::type;
         using B = typename decltype(b_tag)::type;
+        const bool past = WritesPastCaches(out, {&a, &b});
         ParallelFlat(out.numel(), [&](int64_t begin, int64_t end) {
-          Map<ComputeType<Out, A, B>>(
-              end - begin,
+          MapPastCaches<ComputeType<Out, A, B>>(
+              end - begin, past,
               [=](auto d, auto x, auto y) {
                 return hn::MulAdd(Constant(d, alpha), x, hn::Mul(Constant(d, beta), y));
               },
@@ -61,10 +63,11 @@ void AddBiasImpl(const View& out, const View& x, const View& bias) {
   const int64_t rows = x.dim(0), n = x.dim(1);
   VisitFloat(out.dtype, "AddBias", [&](auto tag) {
     using T = typename decltype(tag)::type;
+    const bool past = WritesPastCaches(out, {&x}, n * sizeof(T));
     ParallelFor(rows, rows * n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        Map<Accumulator<T>>(
-            n, [](auto, auto v, auto b) { return hn::Add(v, b); }, out.as<T>() + r * n,
+        MapPastCaches<Accumulator<T>>(
+            n, past, [](auto, auto v, auto b) { return hn::Add(v, b); }, out.as<T>() + r * n,
             x.as<const T>() + r * n, bias.as<const T>());
     });
   });
@@ -121,6 +124,8 @@ void SwiGluBackwardImpl(const View& dgate, const View& dup, const View& dy, cons
                         const View& up) {
   VisitFloat(dy.dtype, "SwiGluBackward", [&](auto tag) {
     using T = typename decltype(tag)::type;
+    const bool past_gate = WritesPastCaches(dgate, {&dy, &gate, &up});
+    const bool past_up = WritesPastCaches(dup, {&dy, &gate, &up});
     ParallelFlat(dy.numel(), [&](int64_t begin, int64_t end) {
       const hn::ScalableTag<Accumulator<T>> d;
       ForVectors(d, end - begin, [&](int64_t i, auto part) {
@@ -129,9 +134,11 @@ void SwiGluBackwardImpl(const View& dgate, const View& dup, const View& dy, cons
         const auto g = Load(d, gate.as<const T>() + at, part);
         const auto u = Load(d, up.as<const T>() + at, part);
         const Logistic l(d, g);
-        Store(d, hn::Mul(hn::Mul(grad, u), SiluSlope(d, l, g)), dgate.as<T>() + at, part);
-        Store(d, hn::Mul(grad, hn::Mul(g, l.s)), dup.as<T>() + at, part);
+        Store(d, hn::Mul(hn::Mul(grad, u), SiluSlope(d, l, g)), dgate.as<T>() + at, part,
+              past_gate);
+        Store(d, hn::Mul(grad, hn::Mul(g, l.s)), dup.as<T>() + at, part, past_up);
       });
+      if (past_gate || past_up) hwy::FlushStream();
     });
   });
 }

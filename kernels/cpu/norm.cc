@@ -22,6 +22,7 @@ void NormRows(const View& out, const View& mean, const View& rstd, const View& x
               const View& weight, const View& bias, double eps) {
   using A = Accumulator<T>;
   const int64_t rows = x.dim(0), n = x.dim(1);
+  const bool past = WritesPastCaches(out, {&x}, n * sizeof(T));
   ParallelFor(rows, rows * n, [&](int64_t begin, int64_t end) {
     const hn::ScalableTag<A> d;
     const T* w = weight.as<const T>();
@@ -50,11 +51,12 @@ void NormRows(const View& out, const View& mean, const View& rstd, const View& x
         if constexpr (kCentered) v = hn::Sub(v, middle);
         v = hn::Mul(hn::Mul(v, factor), Load(d, w + i, part));
         if constexpr (kCentered) v = hn::Add(v, Load(d, b + i, part));
-        Store(d, v, to + i, part);
+        Store(d, v, to + i, part, past);
       });
       rstd.as<A>()[r] = scale;
       if constexpr (kCentered) mean.as<A>()[r] = center;
     }
+    if (past) hwy::FlushStream();
   });
 }
 

@@ -37,6 +37,7 @@ void AdamWImpl(const View& parameter, const View& master, const View& m, const V
     const double correction1 = 1 - std::pow(o.beta1, t), correction2 = 1 - std::pow(o.beta2, t);
     A* p_data = (master ? master : parameter).as<A>();
     BF16* shadow = master ? parameter.as<BF16>() : nullptr;
+    const bool past = master && WritesPastCaches(parameter, {&gradient});
     A *m_data = m.as<A>(), *v_data = v.as<A>();
     const G* g_data = gradient.as<const G>();
     ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
@@ -59,8 +60,9 @@ void AdamWImpl(const View& parameter, const View& master, const View& m, const V
         Store(d, m1, m_data + at, part);
         Store(d, v1, v_data + at, part);
         Store(d, p, p_data + at, part);
-        if (shadow) Store(d, p, shadow + at, part);
+        if (shadow) Store(d, p, shadow + at, part, past);
       });
+      if (past) hwy::FlushStream();
     });
   });
 }
@@ -73,6 +75,7 @@ void SgdImpl(const View& parameter, const View& master, const View& momentum, co
     using C = ComputeType<A, G>;
     A* p_data = (master ? master : parameter).as<A>();
     BF16* shadow = master ? parameter.as<BF16>() : nullptr;
+    const bool past = master && WritesPastCaches(parameter, {&gradient});
     A* u_data = momentum.as<A>();
     const G* g_data = gradient.as<const G>();
     ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
@@ -90,8 +93,9 @@ void SgdImpl(const View& parameter, const View& master, const View& momentum, co
         }
         const auto next = hn::NegMulAdd(lr, u, p);
         Store(d, next, p_data + at, part);
-        if (shadow) Store(d, next, shadow + at, part);
+        if (shadow) Store(d, next, shadow + at, part, past);
       });
+      if (past) hwy::FlushStream();
     });
   });
 }

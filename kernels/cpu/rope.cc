@@ -49,8 +49,8 @@ void RopeImpl(const View& out, const View& x, const View& positions, const doubl
   VisitFloat(x.dtype, "Rope", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Accumulator<T>;
-    ParallelFor(time, x.numel(), [&](int64_t begin, int64_t end) {
-      A* cosines = static_cast<A*>(table) + omp_get_thread_num() * 2 * half;
+    ParallelSlots(time, x.numel(), [&](int slot, int64_t begin, int64_t end) {
+      A* cosines = static_cast<A*>(table) + slot * 2 * half;
       A* sines = cosines + half;
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t b = 0; b < batch; ++b) {

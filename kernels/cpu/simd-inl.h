@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "core/base/dtype.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/parallel.h"
@@ -82,6 +83,24 @@ HWY_INLINE void StoreAs(D, hn::Vec<D> v, T* p) {
   StoreAs(df, hn::DemoteTo(df, v), p);
 }
 
+// Past the caches; p is aligned to the bytes written. End with hwy::FlushStream().
+template <class D>
+HWY_INLINE void StreamAs(D d, hn::Vec<D> v, LaneOf<D>* p) {
+  hn::Stream(v, d, p);
+}
+template <class D, IfFloat<D> = 0>
+HWY_INLINE void StreamAs(D d, hn::Vec<D> v, BF16* p) {
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::RebindToSigned<D> di;
+  hn::Stream(hn::DemoteTo(d16, hn::BitCast(di, RoundToBF16(d, v))), d16,
+             reinterpret_cast<uint16_t*>(p));
+}
+template <class D, class T, IfDoubleFrom<D, T> = 0>
+HWY_INLINE void StreamAs(D, hn::Vec<D> v, T* p) {
+  const hn::Rebind<float, D> df;
+  StreamAs(df, hn::DemoteTo(df, v), p);
+}
+
 // The first n < Lanes(d) elements; the other lanes are 0.
 template <class D, class T>
 HWY_INLINE hn::Vec<D> LoadFirst(D d, const T* p, int64_t n) {
@@ -119,6 +138,16 @@ HWY_INLINE void Store(D d, hn::Vec<D> v, T* p, First part) {
   StoreFirst(d, v, p, part.n);
 }
 
+// Store, past the caches if `past` (WritesPastCaches).
+template <class D, class T>
+HWY_INLINE void Store(D d, hn::Vec<D> v, T* p, All, bool past) {
+  past ? StreamAs(d, v, p) : StoreAs(d, v, p);
+}
+template <class D, class T>
+HWY_INLINE void Store(D d, hn::Vec<D> v, T* p, First part, bool) {
+  StoreFirst(d, v, p, part.n);
+}
+
 // Calls step(i, part) for each vector of [0, n): i is its first element, part goes to Load and
 // Store.
 template <class D, class F>
@@ -135,6 +164,15 @@ HWY_INLINE void Map(int64_t n, F f, Out* out, const In*... in) {
   const hn::ScalableTag<A> d;
   ForVectors(
       d, n, [&](int64_t i, auto part) { Store(d, f(d, Load(d, in + i, part)...), out + i, part); });
+}
+
+template <class A, class F, class Out, class... In>
+HWY_INLINE void MapPastCaches(int64_t n, bool past, F f, Out* out, const In*... in) {
+  const hn::ScalableTag<A> d;
+  ForVectors(d, n, [&](int64_t i, auto part) {
+    Store(d, f(d, Load(d, in + i, part)...), out + i, part, past);
+  });
+  if (past) hwy::FlushStream();
 }
 
 // The sum of term(i, part) over the vectors of [0, n). Four running sums hide the latency of an
@@ -173,17 +211,58 @@ HWY_INLINE void SumPartials(T* out, bool accumulate, const A* partial, int64_t r
 
 // --- functions -----------------------------------------------------------------------------------
 
-// e^x to 1 ulp for x up to 88 (f64: 706); 0 where it would be subnormal; NaN stays NaN.
-template <class D>
-HWY_INLINE hn::Vec<D> ExpOf(D d, hn::Vec<D> x) {
-  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
-}
-
 // min(max(x, -limit), limit); NaN stays NaN, because x86 returns the second operand.
 template <class D>
 HWY_INLINE hn::Vec<D> Clip(D d, hn::Vec<D> x, double limit) {
   const auto v = hn::Set(d, static_cast<LaneOf<D>>(limit));
   return hn::Min(v, hn::Max(hn::Neg(v), x));
+}
+
+// e^x for |x| <= 87 (f64: 700), to 1 ulp.
+template <class D, IfFloat<D> = 0>
+HWY_INLINE hn::Vec<D> ExpInRange(D d, hn::Vec<D> x) {
+  const hn::RebindToSigned<D> di;
+  // x = k ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves k in the low bits of the sum; ln
+  // 2 is a sum of two floats, of which the first has few bits, so that its product with k is exact.
+  const auto shift = hn::Set(d, 0x1.8p23f);
+  const auto sum = hn::MulAdd(x, hn::Set(d, 1.44269504f), shift);
+  const auto k = hn::Sub(sum, shift);
+  auto r = hn::NegMulAdd(k, hn::Set(d, 0x1.62e4p-1f), x);
+  r = hn::NegMulAdd(k, hn::Set(d, 0x1.7f7d1cp-20f), r);
+  // e^r = 1 + r + r^2 p(r); p is the polynomial of least relative error (3e-9) in e^r.
+  auto p = hn::MulAdd(hn::Set(d, 0.00138145976f), r, hn::Set(d, 0.00836871658f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.041668389f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.166665211f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.49999994f));
+  p = hn::Add(hn::MulAdd(p, hn::Mul(r, r), r), hn::Set(d, 1.0f));
+  const auto exponent = hn::ShiftLeft<23>(hn::BitCast(di, sum));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
+}
+template <class D, std::enable_if_t<std::is_same_v<LaneOf<D>, double>, int> = 0>
+HWY_INLINE hn::Vec<D> ExpInRange(D d, hn::Vec<D> x) {
+  return hn::Exp(d, x);
+}
+
+constexpr double ExpLimit(size_t size_of_lane) { return size_of_lane == 8 ? 700 : 87; }
+
+// e^x for x <= 87 (f64: 700), to 1 ulp; 0 for x < -87 (f64: -700); NaN stays NaN.
+template <class D>
+HWY_INLINE hn::Vec<D> ExpOf(D d, hn::Vec<D> x) {
+  const double limit = ExpLimit(sizeof(LaneOf<D>));
+  const auto low = hn::Set(d, static_cast<LaneOf<D>>(-limit));
+  const auto e = ExpInRange(d, Clip(d, x, limit));
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::IfThenElseZero(hn::Ge(x, low), e));
+}
+
+// 1 / x for x in [1, 2^126], to 2 ulp.
+template <class D, IfFloat<D> = 0>
+HWY_INLINE hn::Vec<D> Reciprocal(D d, hn::Vec<D> x) {
+  const auto y = hn::ApproximateReciprocal(x);  // at least 12 bits, and then a step of Newton's
+  return hn::MulAdd(y, hn::NegMulAdd(x, y, hn::Set(d, 1.0f)), y);
+}
+template <class D, std::enable_if_t<std::is_same_v<LaneOf<D>, double>, int> = 0>
+HWY_INLINE hn::Vec<D> Reciprocal(D d, hn::Vec<D> x) {
+  return hn::Div(hn::Set(d, 1.0), x);
 }
 
 // The logistic function and its complement: s = 1 / (1 + e^-x), c = 1 - s without cancellation. x
@@ -192,10 +271,8 @@ template <class D>
 struct Logistic {
   hn::Vec<D> s, c;
   HWY_INLINE Logistic(D d, hn::Vec<D> x) {
-    const auto one = hn::Set(d, LaneOf<D>(1));
-    const auto limit = hn::Set(d, LaneOf<D>(sizeof(LaneOf<D>) == 8 ? 700 : 87));
-    const auto e = hn::Exp(d, hn::Min(limit, hn::Neg(x)));
-    s = hn::Div(one, hn::Add(one, e));
+    const auto e = ExpInRange(d, hn::Neg(Clip(d, x, ExpLimit(sizeof(LaneOf<D>)))));
+    s = Reciprocal(d, hn::Add(hn::Set(d, LaneOf<D>(1)), e));
     c = hn::Mul(e, s);
   }
 };

@@ -14,9 +14,9 @@
 HWY_BEFORE_NAMESPACE();
 namespace shoal::kernels::cpu::HWY_NAMESPACE {
 
-template <class T>
-void SoftmaxRow(T* out, const T* x, int64_t n) {
-  using A = Accumulator<T>;
+// buffer [n] holds the exponentials, and is `out` where that is wide enough.
+template <class T, class A>
+void SoftmaxRow(T* out, const T* x, A* buffer, int64_t n) {
   const hn::ScalableTag<A> d;
   const auto lowest = hn::Set(d, -std::numeric_limits<A>::infinity());
   // A NaN may or may not survive Max; it survives ExpOf, and so reaches the sum and every element.
@@ -29,16 +29,15 @@ void SoftmaxRow(T* out, const T* x, int64_t n) {
   });
   const auto top = hn::MaxOfLanes(d, running);
   const auto term = [&](int64_t i, auto part) {
-    const auto e = ExpOf(d, hn::Sub(Load(d, x + i, part), top));
+    auto e = ExpOf(d, hn::Sub(Load(d, x + i, part), top));
     if constexpr (std::is_same_v<decltype(part), First>)
-      return hn::IfThenElseZero(hn::FirstN(d, part.n), e);
+      e = hn::IfThenElseZero(hn::FirstN(d, part.n), e);
+    Store(d, e, buffer + i, part);
     return e;
   };
-  // The exponentials are computed again rather than kept in T, which would round them twice.
   const auto inverse = hn::Set(d, A(1) / SumOver(d, n, term));
-  ForVectors(d, n, [&](int64_t i, auto part) {
-    Store(d, hn::Mul(term(i, part), inverse), out + i, part);
-  });
+  Map<A>(
+      n, [=](auto, auto e) { return hn::Mul(e, inverse); }, out, static_cast<const A*>(buffer));
 }
 
 template <class T>
@@ -51,13 +50,23 @@ void SoftmaxBackwardRow(T* dx, const T* dy, const T* out, int64_t n) {
       n, [=](auto, auto g, auto p) { return hn::Mul(p, hn::Sub(g, dot)); }, dx, dy, out);
 }
 
-void SoftmaxImpl(const View& out, const View& x) {
+// buffers [threads, n] of Accumulator<T>, where that is not T.
+void SoftmaxImpl(const View& out, const View& x, void* buffers) {
   const int64_t rows = x.dim(0), n = x.dim(1);
   VisitFloat(x.dtype, "Softmax", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    ParallelFor(rows, rows * n, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        SoftmaxRow(out.as<T>() + r * n, x.as<const T>() + r * n, n);
+    using A = Accumulator<T>;
+    ParallelSlots(rows, rows * n, [&](int slot, int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* to = out.as<T>() + r * n;
+        A* buffer;
+        if constexpr (std::is_same_v<T, A>) {
+          buffer = to;
+        } else {
+          buffer = static_cast<A*>(buffers) + slot * n;
+        }
+        SoftmaxRow(to, x.as<const T>() + r * n, buffer, n);
+      }
     });
   });
 }
@@ -86,11 +95,12 @@ HWY_EXPORT(SoftmaxBackwardImpl);
 
 }  // namespace
 
-void Softmax(const Stream&, const View& out, const View& x) {
+void Softmax(const Stream& stream, const View& out, const View& x) {
   CheckRank("Softmax", "x", x, 2);
   CheckArray("Softmax", "x", x, x.shape, x.dtype);
   CheckArray("Softmax", "out", out, x.shape, x.dtype);
-  HWY_DYNAMIC_DISPATCH(SoftmaxImpl)(out, x);
+  Scratch buffers(stream, x.dtype == DType::kBF16 ? KernelThreads() * x.dim(1) * sizeof(float) : 0);
+  HWY_DYNAMIC_DISPATCH(SoftmaxImpl)(out, x, buffers.as<void>());
 }
 
 void SoftmaxBackward(const Stream&, const View& dx, const View& dy, const View& out) {
