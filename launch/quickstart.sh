@@ -28,7 +28,7 @@ if [ -d "$run" ]; then
   "${mpirun[@]}" build/bin/shoal resume "$run"
 else
   echo "quickstart: training with two ranks; this takes a few minutes"
-  "${mpirun[@]}" build/bin/shoal train examples/quickstart.toml run.dir="$run" data.path="$text"
+  "${mpirun[@]}" build/bin/shoal train examples/quickstart.toml run.dir="$run" data.path="$text" run.log_every=20
 fi
 
 echo
