@@ -9,6 +9,7 @@ packages=(
   libhdf5-dev libxxhash-dev libsentencepiece-dev
   libcli11-dev libtomlplusplus-dev nlohmann-json3-dev libspdlog-dev libfmt-dev
   libgtest-dev libgmock-dev libbenchmark-dev
+  clang-format clang-tidy                     # tests/lint
   bible-kjv                                   # the quickstart's text
 )
 

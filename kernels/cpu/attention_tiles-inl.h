@@ -1,4 +1,5 @@
 // Register-tiled products and packing for attention, compiled once per instruction set.
+// Past 500 lines: one toggled header is all that Highway compiles again for each instruction set.
 //
 // Scores are kept transposed, S^T [keys, queries]: then softmax statistics are vectors over
 // queries, and each product of forward and backward takes its operands as they lie in memory. Only

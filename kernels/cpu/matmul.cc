@@ -1,4 +1,5 @@
 // f32 and bf16 products by oneDNN.
+// Past 500 lines: the two routes share the primitives, their cache and the choice between them.
 //
 // Two routes, chosen by layout and shape alone, so that no result depends on the number of threads:
 //   team   one primitive that spreads over the threads itself: dense operands, `a` by rows, where
