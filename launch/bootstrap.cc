@@ -64,6 +64,14 @@ void ShareCores() {
   if (mine == all && local_size > 1) SetKernelThreads(std::max(1, all / local_size));
 }
 
+// What the user would type before the program's name, to start it again as it was started.
+std::string LauncherCommand(int ranks) {
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr && std::getenv("SLURM_PROCID") != nullptr)
+    return fmt::format("srun -n {} ", ranks);
+  const bool root = geteuid() == 0 && std::getenv("OMPI_ALLOW_RUN_AS_ROOT") == nullptr;
+  return fmt::format("mpirun {}-n {} ", root ? "--allow-run-as-root " : "", ranks);
+}
+
 int Guarded(Communicator& communicator, const std::function<int()>& f) {
   try {
     return f();
@@ -113,7 +121,7 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
     SetThreadRank(communicator->rank());
     SetFailureContext([&](FailureContext& context) {
       context.ranks = communicator->size();
-      if (launcher.size > 1) context.launcher = fmt::format("mpirun -n {} ", launcher.size);
+      if (launcher.size > 1) context.launcher = LauncherCommand(launcher.size);
     });
     if (launcher.size > 1) ShareCores();
     return Guarded(*communicator, [&] {

@@ -3,21 +3,29 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/statvfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <sstream>
 
+#include "checkpoint/hdf5_file.h"
 #include "core/base/build_config.h"
 #include "core/base/error.h"
+#include "launch/bootstrap.h"
 #include "launch/console.h"
+#include "parallel/communicator.h"
 
 namespace shoal {
 namespace {
@@ -180,7 +188,7 @@ Check CheckDirectory(const std::string& directory) {
   }
   const double free = FreeBytes(directory);
   std::error_code ignored;
-  const std::string name = fs::absolute(directory, ignored).lexically_normal().string();
+  const std::string name = fs::weakly_canonical(directory, ignored).string();
   if (!failed.empty()) {
     check.status = Check::kFail;
     check.found = fmt::format("{}: {}", name, failed);
@@ -215,6 +223,95 @@ Check CheckGpu() {
   return check;
 }
 
+// Runs f in a child whose output goes nowhere: a library that cannot start may end its process.
+// Returns what f wrote, or nothing if the child did not end well in `seconds`.
+std::optional<std::string> InChild(int seconds, const std::function<std::string()>& f) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return std::nullopt;
+  const pid_t child = fork();
+  if (child == 0) {
+    const int nowhere = open("/dev/null", O_RDWR | O_CLOEXEC);
+    for (const int file : {STDOUT_FILENO, STDERR_FILENO}) dup2(nowhere, file);
+    int code = 1;
+    try {
+      const std::string text = f();
+      code = write(ends[1], text.data(), text.size()) == static_cast<ssize_t>(text.size()) ? 0 : 1;
+    } catch (const std::exception&) {
+    }
+    std::exit(code);  // not _exit: MPI ends in a handler of exit
+  }
+  close(ends[1]);
+  int status = 0;
+  bool ended = child < 0;
+  for (int i = 0; i < seconds * 50 && !ended; ++i) {
+    ended = waitpid(child, &status, WNOHANG) != 0;
+    if (!ended) usleep(20000);
+  }
+  if (!ended) {
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+  }
+  char text[1024];
+  const ssize_t size = read(ends[0], text, sizeof(text));
+  close(ends[0]);
+  if (child < 0 || !ended || !WIFEXITED(status) || WEXITSTATUS(status) != 0) return std::nullopt;
+  return std::string(text, static_cast<size_t>(std::max<ssize_t>(0, size)));
+}
+
+Check CheckMpi() {
+  Check check{.name = "MPI"};
+  if (!kHaveMpi) {
+    check.found = "this program is built without it";
+    check.status = Check::kWarn;
+    check.advice = "ranks are threads only (--local-ranks): install MPI and build again for mpirun";
+    return check;
+  }
+  check.found = MpiDescription();
+  check.found = check.found.substr(0, check.found.find(','));
+  if (DetectLauncher().present) return check;  // one process of a job starts it once
+  const auto size = InChild(20, [] {
+    const auto communicator = MakeMpiCommunicator();
+    communicator->Barrier();
+    return fmt::format("{}", communicator->size());
+  });
+  if (size) {
+    check.found += ", starts";
+    if (geteuid() == 0 && std::getenv("OMPI_ALLOW_RUN_AS_ROOT") == nullptr)
+      check.found += "; for root, mpirun wants --allow-run-as-root";
+  } else {
+    check.status = Check::kFail;
+    check.advice = "it does not start in this process; mpirun -n 1 shoal doctor shows what it says";
+  }
+  return check;
+}
+
+Check CheckHdf5(const std::string& directory) {
+  Check check{.name = "HDF5"};
+  if (!kHaveHdf5) {
+    check.found = "this program is built without it";
+    check.status = Check::kFail;
+    check.advice = "nothing can be saved: install HDF5 and build again";
+    return check;
+  }
+  const std::string path = fmt::format("{}/.shoal-doctor-{}.h5", directory, getpid());
+  try {
+    const std::array<float, 3> written = {1.5f, -0.0f, 3e38f};
+    std::array<float, 3> back{};
+    Hdf5File file = Hdf5File::Create(path);
+    file.Write("a/b", DType::kF32, {3}, written.data());
+    file.Close();
+    Hdf5File::Open(path).Read("a/b", DType::kF32, {3}, back.data());
+    SHOAL_CHECK(written == back, "HDF5", "an array reads back as another");
+    check.found = "an array is written and reads back";
+  } catch (const Error& e) {
+    check.status = Check::kFail;
+    check.found = e.message();
+    check.advice = "saves will fail the same way";
+  }
+  unlink(path.c_str());
+  return check;
+}
+
 }  // namespace
 
 std::vector<Check> CheckMachine(const std::string& directory) {
@@ -225,6 +322,10 @@ std::vector<Check> CheckMachine(const std::string& directory) {
           CheckSharedMemory(),
           CheckGpu(),
           CheckDirectory(directory)};
+}
+
+std::vector<Check> CheckLibraries(const std::string& directory) {
+  return {CheckMpi(), CheckHdf5(directory)};
 }
 
 std::string CheckText(const std::vector<Check>& checks, bool color) {
@@ -257,15 +358,9 @@ std::string CheckJson(const std::vector<Check>& checks) {
   return object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
-int DoctorCommand(bool json, const std::vector<std::function<Check()>>& more) {
+int DoctorCommand(bool json) {
   std::vector<Check> checks = CheckMachine(".");
-  for (const auto& check : more) {
-    try {
-      checks.push_back(check());
-    } catch (const Error& e) {
-      checks.push_back({Check::kFail, e.op(), e.message(), ""});
-    }
-  }
+  for (Check& check : CheckLibraries(".")) checks.push_back(std::move(check));
   if (json)
     fmt::print("{}\n", CheckJson(checks));
   else

@@ -1,8 +1,6 @@
-// `shoal doctor`: what this machine offers, and what would fail later. Checks that need a library
-// that only one file may include come from the caller.
+// `shoal doctor`: what this machine offers, and what would fail later.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -18,13 +16,15 @@ struct Check {
 
 // Cores, CPU features, memory, shared memory, GPU, and writing in `directory`.
 std::vector<Check> CheckMachine(const std::string& directory);
+// MPI is started, in a process of its own; HDF5 writes a file in `directory` and reads it.
+std::vector<Check> CheckLibraries(const std::string& directory);
+
 // One line each, aligned; the advice on a line of its own.
 std::string CheckText(const std::vector<Check>& checks, bool color);
 // {"ok": bool, "checks": [{"name", "status", "found", "advice"}]}
 std::string CheckJson(const std::vector<Check>& checks);
 
-// Prints the checks of this machine and those of `more` (MPI, HDF5, ...). Returns 0, or 70 if
-// something would fail.
-int DoctorCommand(bool json, const std::vector<std::function<Check()>>& more = {});
+// Prints all checks, for the current directory. Returns 0, or 2 if something would fail.
+int DoctorCommand(bool json);
 
 }  // namespace shoal

@@ -7,7 +7,9 @@
 #include "launch/config.h"
 #include "launch/console.h"
 #include "launch/data_commands.h"
+#include "launch/doctor.h"
 #include "launch/failure.h"
+#include "launch/report.h"
 
 namespace {
 
@@ -42,6 +44,8 @@ class Program {
     AddEval();
     AddGenerate();
     AddData();
+    AddDoctor();
+    AddReport();
   }
 
   int Run(int argc, char** argv) {
@@ -172,10 +176,21 @@ class Program {
     inspect->callback(
         [this] { command_ = [this] { return DataInspectCommand(path_, tokenizer_, json_); }; });
   }
+  void AddDoctor() {
+    AddJson(Command("doctor", "what this machine offers, and what would fail later",
+                    [this] { return DoctorCommand(json_); }));
+  }
+  void AddReport() {
+    CLI::App* c = Command("report", "a run on one page of HTML",
+                          [this] { return ReportCommand(path_, output_, json_); });
+    c->add_option("run", path_, "run directory")->required();
+    c->add_option("--output", output_, "left out: report.html in the run");
+    AddJson(c);
+  }
   CLI::App app_{"Shoal trains large models in little memory, on many ranks."};
   std::function<int()> command_;
   std::vector<std::string> words_;
-  std::string path_, tokenizer_ = "bytes";
+  std::string path_, output_, tokenizer_ = "bytes";
   RunOptions ranks_;
   EvalOptions eval_;
   GenerateArguments generate_;
