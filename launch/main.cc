@@ -1,5 +1,8 @@
 // The command line of the program. What the commands do is in commands.h.
+#include <fmt/format.h>
+
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <iostream>
 
 #include "core/base/build_config.h"
@@ -10,6 +13,7 @@
 #include "launch/doctor.h"
 #include "launch/failure.h"
 #include "launch/report.h"
+#include "launch/suggest.h"
 
 namespace {
 
@@ -55,6 +59,9 @@ class Program {
       if (json_) KeepStandardOutputForJson();
       return command_();
     } catch (const CLI::ParseError& e) {
+      const std::string unknown = UnknownCommand(argc, argv);
+      if (!unknown.empty())
+        return PrintError(Error(ErrorKind::kConfig, "command line", unknown, __FILE__, __LINE__));
       const int code = app_.exit(e);  // prints the help, or what is wrong
       return code == 0 ? 0 : static_cast<int>(ErrorKind::kConfig);
     } catch (const Error& e) {
@@ -65,6 +72,18 @@ class Program {
   }
 
  private:
+  // What is wrong with the first word, if it is no command.
+  std::string UnknownCommand(int argc, char** argv) {
+    if (argc < 2 || argv[1][0] == '-') return "";
+    std::vector<std::string> names;
+    for (const CLI::App* command : app_.get_subcommands({})) names.push_back(command->get_name());
+    if (std::find(names.begin(), names.end(), argv[1]) != names.end()) return "";
+    const std::string near = Nearest(argv[1], names);
+    std::string text = fmt::format("unknown command {}", argv[1]);
+    if (!near.empty()) text += fmt::format(". Did you mean {}?", near);
+    return text + fmt::format(" The commands are {}", fmt::join(names, ", "));
+  }
+
   CLI::App* Command(const char* name, const char* what, std::function<int()> run) {
     CLI::App* command = app_.add_subcommand(name, what);
     command->callback([this, run = std::move(run)] { command_ = run; });
