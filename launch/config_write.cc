@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include "launch/config_schema.h"
+#include "launch/console.h"
 #include "launch/metrics.h"
 
 namespace shoal {
@@ -68,6 +69,31 @@ std::string WriteConfig(const Config& config) {
       text += fmt::format("{:<32} # {}\n", fmt::format("{} = {}", key.name, value), key.help);
   }
   return text;
+}
+
+std::string ConfigSummary(const Config& config, int64_t ranks, size_t columns) {
+  Config copy = config, defaults;
+  const ModelConfig shape = ModelShape(config);
+  std::string text = fmt::format("{}: {}, {} parameters, {} x {} tokens a step, {}, {} rank{}\n",
+                                 config.run.dir, config.model.preset.value_or(shape.family),
+                                 ShortNumber(static_cast<double>(ParameterCount(shape))),
+                                 config.batch.sequences, config.data.sequence_length,
+                                 config.precision.compute, ranks, ranks == 1 ? "" : "s");
+  std::string line = "defaults:";
+  for (const ConfigKey& key : ConfigSchema()) {
+    if (key.required || key.section == std::string_view("model")) continue;
+    const std::string value = std::visit(ValueText{key}, key.field(copy));
+    if (value != std::visit(ValueText{key}, key.field(defaults))) continue;
+    const std::string item =
+        fmt::format(" {} {}", key.path(), value.empty() ? key.left_out : value);
+    if (line.size() + item.size() >= columns) {
+      text += line + "\n";
+      line = " ";
+    }
+    line += item + ",";
+  }
+  line.back() = '.';
+  return text + line;
 }
 
 std::string ConfigHelp() {

@@ -229,11 +229,11 @@ void Console::SetRun(const std::string& path) {
 }
 
 void Console::SetLastSave(const std::string& path) {
-  if (log_) log_->Write(spdlog::level::info, "saved " + path);
+  if (log_ && !path.empty()) log_->Write(spdlog::level::info, "saved " + path);
   SetFailureContext([&](FailureContext& context) {
     context.last_save = path;
     // RUN/checkpoints/step-N
-    if (context.run.empty())
+    if (context.run.empty() && !path.empty())
       context.run = std::filesystem::path(path).parent_path().parent_path().string();
   });
 }

@@ -80,7 +80,7 @@ class Program {
     if (std::find(names.begin(), names.end(), argv[1]) != names.end()) return "";
     const std::string near = Nearest(argv[1], names);
     std::string text = fmt::format("unknown command {}", argv[1]);
-    if (!near.empty()) text += fmt::format(". Did you mean {}?", near);
+    text += near.empty() ? "." : fmt::format(". Did you mean {}?", near);
     return text + fmt::format(" The commands are {}", fmt::join(names, ", "));
   }
 

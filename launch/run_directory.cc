@@ -13,6 +13,7 @@
 #include <thread>
 #include <utility>
 
+#include "checkpoint/store.h"
 #include "core/base/error.h"
 #include "data/file.h"
 
@@ -119,7 +120,7 @@ struct Undo {
 }  // namespace
 
 RunDirectory RunDirectory::Create(const std::string& path, std::string_view config_toml,
-                                  std::string_view plan_json) {
+                                  std::string_view plan_json, int64_t save_bytes) {
   std::error_code error;
   fs::path run = Normal(path);
   const auto taken = [&] {
@@ -148,6 +149,11 @@ RunDirectory RunDirectory::Create(const std::string& path, std::string_view conf
     Fail(fmt::format("cannot create {} for run.dir {}: {}", undo.parent.string(), path,
                      error.message()));
   RemoveStale(run);
+  try {
+    CheckFreeSpace(undo.parent.string(), save_bytes);
+  } catch (const Error& e) {
+    Fail(fmt::format("no place for run.dir {}: {}", path, e.message()));
+  }
 
   std::string partial = run.string() + std::string(kPartial) + "XXXXXX";
   if (!mkdtemp(partial.data())) Fail(fmt::format("cannot create {}: {}", path, Reason()));

@@ -23,6 +23,8 @@ void InstallSignalHandlers() {
   sigaction(SIGTERM, &action, nullptr);
   action.sa_handler = OnSave;
   sigaction(SIGUSR2, &action, nullptr);
+  action.sa_handler = SIG_IGN;
+  sigaction(SIGPIPE, &action, nullptr);  // a run goes on where nobody reads what it prints
 }
 
 bool StopRequested() { return stop.load(); }

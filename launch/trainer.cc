@@ -74,9 +74,8 @@ class Run {
       if (communicator_.rank() != 0) return;
       Plan plan = MakePlan(config_, communicator_.size());
       plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
-      directory_.emplace(
-          RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan)));
-      CheckFreeSpace(directory_->path(), SaveBytes(step_->State()));
+      directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan),
+                                              SaveBytes(step_->State())));
     });
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) directory_.emplace(RunDirectory::Attach(config_.run.dir));
@@ -153,6 +152,7 @@ int Run::Loop() {
   Agree(communicator_, [&] {
     console_.OpenLog(directory_->log_path(communicator_.rank()));
     console_.SetRun(directory_->path());
+    if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
     console_.SetLastSave(last_save_);
     if (communicator_.rank() != 0) return;
     metrics_.emplace(directory_->metrics_path());

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <sstream>
 
 #include "core/base/error.h"
 #include "launch/config_schema.h"
@@ -259,6 +260,19 @@ TEST(Config, EveryKeyIsWrittenAndHelped) {
     EXPECT_THAT(help, HasSubstr(std::string("  ") + key.name + " "));
     EXPECT_THAT(text, HasSubstr(std::string(key.name) + " ="));
   }
+}
+
+TEST(Config, SummaryTellsTheDefaults) {
+  const std::string text = ConfigSummary(Minimal({"run.seed=7", "mesh.tp=2"}), 2);
+  EXPECT_THAT(text,
+              HasSubstr("r: llama-60m, 58.1M parameters, 8 x 256 tokens a step, fp32, 2 ranks"));
+  EXPECT_THAT(text, HasSubstr(" zero.stage 0,"));
+  EXPECT_THAT(text, HasSubstr("mesh.dp fills the ranks there are"));
+  EXPECT_THAT(text, HasSubstr("checkpoint.staging \"64MiB\"."));
+  EXPECT_THAT(text, Not(HasSubstr("seed")));
+  EXPECT_THAT(text, Not(HasSubstr("mesh.tp")));
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) EXPECT_LE(line.size(), 100);
 }
 
 TEST(Config, MissingFile) {

@@ -160,6 +160,14 @@ TEST(RunDirectory, NothingIsLeftWhereThereIsNoSpace) {
   EXPECT_EQ(Entries(tmp.path()), 0);
 }
 
+TEST(RunDirectory, NoPlaceForASave) {
+  const TemporaryDirectory tmp;
+  EXPECT_THAT(
+      Mistake([&] { RunDirectory::Create(tmp.path() + "/some/run", "c", "p", int64_t{1} << 60); }),
+      HasSubstr("no place for run.dir"));
+  EXPECT_EQ(Entries(tmp.path()), 0);
+}
+
 TEST(RunDirectory, ReadOnlyPlace) {
   const TemporaryDirectory tmp;
   EXPECT_THAT(Mistake([] { RunDirectory::Create("/proc/shoal/run", "c", "p"); }),
