@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "hwy/cache_control.h"
 #include "kernels/cpu/attention_plan.h"
 #include "kernels/cpu/simd-inl.h"
 
@@ -193,23 +194,39 @@ HWY_INLINE T* MutableRowOf(const View& x, int64_t b, int64_t t, int64_t n) {
   return x.as<T>() + b * x.strides[0] + t * x.strides[1] + n * x.strides[2];
 }
 
+// Copies h numbers as raw bytes where no conversion is needed, with zeros up to `padded`.
+template <class P>
+HWY_INLINE void PackRow(const typename P::In* from, int64_t h, int64_t padded,
+                        typename P::Word* to) {
+  using In = typename P::In;
+  if constexpr (P::kPair == 2 || std::is_same_v<In, typename P::Word>) {
+    const hn::ScalableTag<uint8_t> d;
+    const int64_t lanes = hn::Lanes(d), bytes = h * sizeof(In), all = padded * sizeof(In);
+    const auto* source = reinterpret_cast<const uint8_t*>(from);
+    auto* target = reinterpret_cast<uint8_t*>(to);
+    int64_t i = 0;
+    for (; i + lanes <= bytes; i += lanes) hn::StoreU(hn::LoadU(d, source + i), d, target + i);
+    std::memcpy(target + i, source + i, bytes - i);
+    std::memset(target + bytes, 0, all - bytes);
+  } else {
+    Map<typename P::Acc>(h, [](auto, auto v) HWY_ATTR { return v; }, to, from);
+    for (int64_t i = h; i < padded; ++i) to[i] = 0;
+  }
+}
+
 // Rows [begin, begin + count) of head n as rows of `padded` numbers (padded / kPair words), zero
 // beyond the head dim; then zero rows up to `rows`.
 template <class P>
 void PackRows(const View& x, int64_t b, int64_t n, int64_t begin, int64_t count, int64_t rows,
               int64_t padded, typename P::Word* to) {
-  using In = typename P::In;
-  const int64_t h = x.shape[3], words = padded / P::kPair;
-  for (int64_t r = 0; r < count; ++r, to += words) {
-    const In* from = RowOf<In>(x, b, begin + r, n);
-    if constexpr (P::kPair == 2 || std::is_same_v<In, typename P::Word>) {
-      std::memcpy(to, from, h * sizeof(In));
-      std::memset(reinterpret_cast<char*>(to) + h * sizeof(In), 0, (padded - h) * sizeof(In));
-    } else {
-      Map<typename P::Acc>(
-          h, [](auto, auto v) { return v; }, to, from);
-      for (int64_t i = h; i < padded; ++i) to[i] = 0;
-    }
+  // Rows of one head lie on different pages, where the hardware does not prefetch.
+  constexpr int64_t kAhead = 16;
+  const int64_t h = x.shape[3], words = padded / P::kPair, step = x.strides[1];
+  const auto* from = RowOf<typename P::In>(x, b, begin, n);
+  for (int64_t r = 0; r < count; ++r, to += words, from += step) {
+    if (r + kAhead < count)
+      for (int64_t i = 0; i < h; i += 64 / sizeof(*from)) hwy::Prefetch(from + kAhead * step + i);
+    PackRow<P>(from, h, padded, to);
   }
   if (rows > count) std::memset(to, 0, (rows - count) * words * sizeof(*to));
 }
