@@ -76,7 +76,7 @@ void RunUnits(const Stream& stream, const std::vector<AttentionUnit>& units, int
 
 int64_t Blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// The most keys that a unit's queries see.
+// The most keys that a unit's queries see: what it packs.
 int64_t MostKeys(const AttentionProblem& a, const std::vector<AttentionUnit>& units) {
   int64_t most = 0;
   for (const AttentionUnit& u : units) {
@@ -87,10 +87,12 @@ int64_t MostKeys(const AttentionProblem& a, const std::vector<AttentionUnit>& un
   return most;
 }
 
-// How many pieces each kv head has to be cut into for the threads to be about evenly loaded.
-int64_t PiecesPerKvHead(const AttentionProblem& a, int threads) {
+// How many pieces each kv head has to be cut into for the threads to be evenly loaded: 1 if whole
+// kv heads keep that part of them busy.
+int64_t PiecesPerKvHead(const AttentionProblem& a, int threads, double busy) {
   const int64_t whole = a.batch * a.kv_heads;
-  if (threads == 1 || whole % threads == 0 || whole >= 8 * threads) return 1;
+  if (static_cast<double>(whole) >= busy * static_cast<double>(Blocks(whole, threads) * threads))
+    return 1;
   return Blocks(4 * threads, whole);
 }
 
@@ -103,11 +105,14 @@ void Attention(const Stream& stream, const View& out, const View& lse, const Vie
       MakeProblem("attention", out, lse, q, k, v, q_document, k_document, options);
   if (q.numel() == 0) return;
   const int threads = KernelThreads();
-  const int64_t pieces = PiecesPerKvHead(a, threads);
+  const int64_t pieces = PiecesPerKvHead(a, threads, 0.9);
   // Heads of a group share packed keys, so a kv head is cut along the queries first.
   const int64_t blocks = Blocks(a.queries, kQueryBlock);
   const int64_t block_pieces = std::min(pieces, blocks);
   const int64_t head_pieces = std::min(Blocks(pieces, block_pieces), a.group());
+  const int64_t unit_heads = Blocks(a.group(), head_pieces);
+  const bool streamed =
+      block_pieces == blocks && (unit_heads == 1 || a.queries * unit_heads <= kQueryBlock);
   std::vector<AttentionUnit> units;
   for (int64_t p = block_pieces - 1; p >= 0; --p)  // with a causal mask the last have most to do
     for (int64_t b = 0; b < a.batch; ++b)
@@ -117,8 +122,8 @@ void Attention(const Stream& stream, const View& out, const View& lse, const Vie
                            h * a.group() + a.group() * (g + 1) / head_pieces,
                            blocks * p / block_pieces * kQueryBlock,
                            std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
-                           a.keys, false, false});
-  const int64_t keys = MostKeys(a, units);
+                           a.keys, false, false, streamed});
+  const int64_t keys = streamed ? kKeyTile : MostKeys(a, units);
   const bool pairs = HasBf16Dot();
   RunUnits(
       stream, units, AttentionScratch(a, pairs, keys), threads,
@@ -138,16 +143,16 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
   a.dq = dq, a.dk = dk, a.dv = dv, a.dout = dout;
   if (a.batch == 0 || a.heads == 0 || a.head_dim == 0) return;
   const int threads = KernelThreads();
-  const int64_t pieces = PiecesPerKvHead(a, threads);
+  // Apart, dQ and dK, dV take 7 products where together they take 5, but any number of threads.
+  const int64_t pieces = PiecesPerKvHead(a, threads, 0.7);
   std::vector<AttentionUnit> units;
   const int64_t tiles = Blocks(a.keys, kKeyTile), blocks = Blocks(a.queries, kQueryBlock);
   if (pieces == 1) {
     for (int64_t b = 0; b < a.batch; ++b)
       for (int64_t h = 0; h < a.kv_heads; ++h)
         units.push_back(
-            {b, h, h * a.group(), (h + 1) * a.group(), 0, a.queries, 0, a.keys, true, true});
+            {b, h, h * a.group(), (h + 1) * a.group(), 0, a.queries, 0, a.keys, true, true, false});
   } else {
-    // Apart, dQ and dK, dV take 7 products where together they take 5, but any number of threads.
     const int64_t key_pieces = std::min(pieces, tiles);
     const int64_t block_pieces = std::min(Blocks(pieces, a.group()), blocks);
     for (int64_t b = 0; b < a.batch; ++b) {
@@ -155,12 +160,13 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
         for (int64_t p = 0; p < key_pieces; ++p)
           units.push_back({b, h, h * a.group(), (h + 1) * a.group(), 0, a.queries,
                            tiles * p / key_pieces * kKeyTile,
-                           std::min(a.keys, tiles * (p + 1) / key_pieces * kKeyTile), false, true});
+                           std::min(a.keys, tiles * (p + 1) / key_pieces * kKeyTile), false, true,
+                           false});
         for (int64_t n = h * a.group(); n < (h + 1) * a.group(); ++n)
           for (int64_t p = block_pieces - 1; p >= 0; --p)
             units.push_back({b, h, n, n + 1, blocks * p / block_pieces * kQueryBlock,
                              std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
-                             a.keys, true, false});
+                             a.keys, true, false, false});
       }
     }
   }

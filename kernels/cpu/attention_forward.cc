@@ -24,7 +24,7 @@ class Forward {
   static constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
 
  public:
-  // `keys` is the largest number of keys that a unit's queries see.
+  // `keys` is how many keys are packed at a time.
   Forward(const AttentionProblem& a, int64_t keys, char* scratch)
       : a_(a), padded_(a.padded_head()), words_(padded_ / P::kPair) {
     Carver c(scratch);
@@ -48,13 +48,19 @@ class Forward {
   int64_t used() const { return used_; }
 
   void Run(const AttentionUnit& u) {
-    const int64_t last = u.query_end - 1;
-    first_key_ = a_.KeysBegin(u.query_begin);
-    const int64_t end = a_.KeysEnd(last);
-    if (first_key_ < end) PackKeys(u, end);
+    const int64_t heads = u.head_end - u.head_begin, queries = u.query_end - u.query_begin;
+    if (heads > 1 && u.streamed) {
+      a_.fold = heads;
+      return Block(u, u.head_begin, 0, queries * heads);
+    }
+    if (!u.streamed) {
+      first_key_ = a_.KeysBegin(u.query_begin);
+      const int64_t end = a_.KeysEnd(u.query_end - 1);
+      if (first_key_ < end) PackKeys(u, end);
+    }
     for (int64_t n = u.head_begin; n < u.head_end; ++n)
       for (int64_t i = u.query_begin; i < u.query_end; i += kQueryBlock)
-        Block(u.batch, n, i, std::min(kQueryBlock, u.query_end - i));
+        Block(u, n, i, std::min(kQueryBlock, u.query_end - i));
   }
 
  private:
@@ -75,10 +81,18 @@ class Forward {
     }
   }
 
-  void Block(int64_t b, int64_t n, int64_t query, int64_t queries) {
+  // Rows [query, query + queries) of head n, or of the heads from n on that are folded into them.
+  void Block(const AttentionUnit& u, int64_t n, int64_t query, int64_t queries) {
     const D d;
-    const int64_t padded_queries = RoundUp(queries, kHeadMultiple);
-    PackRows<P>(a_.q, b, n, query, queries, padded_queries, padded_, staging_);
+    const int64_t b = u.batch, padded_queries = RoundUp(queries, kHeadMultiple);
+    if (a_.fold == 1) {
+      PackRows<P>(a_.q, b, n, query, queries, padded_queries, padded_, staging_);
+    } else {
+      std::memset(staging_, 0, padded_queries * words_ * sizeof(Word));
+      for (int64_t r = 0; r < queries; ++r)
+        PackRow<P>(RowOf<In>(a_.q, b, r / a_.fold, n + r % a_.fold), a_.head_dim, padded_,
+                   staging_ + r * words_);
+    }
     TransposeWords(staging_, words_, padded_queries, words_, transposed_, kQueryBlock);
     std::fill_n(out_, RoundUp(queries, kGroup) * padded_, Acc(0));
     std::fill_n(max_, kQueryBlock, -kInfinity);
@@ -90,6 +104,10 @@ class Forward {
     for (int64_t j = RoundDown(a_.KeysBegin(query), kKeyTile); j < end; j += kKeyTile) {
       const Tile t = MakeTile(a_, b, query, queries, j, std::min(j + kKeyTile, end));
       if (t.rows == 0) continue;
+      if (u.streamed) {
+        first_key_ = t.key;
+        PackKeys(u, t.key + t.rows);
+      }
       const int64_t offset = (t.key - first_key_) * words_;
       ScoreTile<P>(a_, t, keys_ + offset, transposed_, scale, scores_);
       if (t.masked) masks_->SetTile(a_, t);
@@ -157,7 +175,7 @@ class Forward {
 
   void Write(int64_t b, int64_t n, int64_t query, int64_t queries) {
     const D d;
-    Acc* lse = a_.lse.as<Acc>() + (b * a_.heads + n) * a_.queries + query;
+    Acc* lse = a_.lse.as<Acc>();
     for (int64_t v = 0; v < queries; v += hn::Lanes(d)) {
       const V sum = hn::Load(d, sum_ + v);
       const auto nothing = hn::Eq(sum, hn::Zero(d));
@@ -166,13 +184,14 @@ class Forward {
       hn::Store(hn::IfThenElse(nothing, hn::Set(d, -kInfinity), log), d, max_ + v);
       hn::Store(hn::IfThenZeroElse(nothing, hn::Div(hn::Set(d, Acc(1)), sum)), d, rescale_ + v);
     }
-    std::copy_n(max_, queries, lse);
-    for (int64_t i = 0; i < queries; ++i)
-      WriteRow(out_ + i * padded_, rescale_[i], a_.head_dim,
-               MutableRowOf<In>(a_.out, b, query + i, n));
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t t = a_.QueryOf(query + i), head = n + (query + i) % a_.fold;
+      lse[(b * a_.heads + head) * a_.queries + t] = max_[i];
+      WriteRow(out_ + i * padded_, rescale_[i], a_.head_dim, MutableRowOf<In>(a_.out, b, t, head));
+    }
   }
 
-  const AttentionProblem& a_;
+  AttentionProblem a_;
   const int64_t padded_, words_;  // of a row: numbers, words
   int64_t used_ = 0, first_key_ = 0;
   Word* keys_;        // [keys, words] from first_key_

@@ -31,29 +31,36 @@ struct AttentionProblem {
   View dq, dk, dv, dout;  // backward only
   AttentionOptions options;
   int64_t batch = 0, queries = 0, keys = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  // Rows of scores per query: more than one where a few queries of several heads, which share their
+  // keys, are worked on together. Row r is query r / fold of the head r % fold.
+  int64_t fold = 1;
 
   int64_t group() const { return heads / kv_heads; }  // query heads per kv head
   bool documents() const { return static_cast<bool>(q_document); }
   int64_t padded_head() const { return RoundUp(head_dim, kHeadMultiple); }
+  int64_t QueryOf(int64_t row) const { return fold == 1 ? row : RoundDown(row, fold) / fold; }
 
-  // Without documents, query i sees exactly the keys [FirstKey(i), LastKey(i)], and key j is seen
-  // by exactly the queries [FirstQuery(j), LastQuery(j)], all clipped to those that there are. Both
-  // ends grow with i and j.
-  int64_t FirstKey(int64_t i) const {
-    return options.window > 0 ? std::max<int64_t>(0, i + options.query_offset - options.window + 1)
-                              : 0;
+  // Without documents, row r sees exactly the keys [FirstKey(r), LastKey(r)], and key j is seen by
+  // exactly the rows [FirstRow(j), LastRow(j)], all clipped to those that there are. Both ends grow
+  // with r and j.
+  int64_t FirstKey(int64_t r) const {
+    return options.window > 0
+               ? std::max<int64_t>(0, QueryOf(r) + options.query_offset - options.window + 1)
+               : 0;
   }
-  int64_t LastKey(int64_t i) const {
-    return options.causal ? std::min(keys - 1, i + options.query_offset) : keys - 1;
+  int64_t LastKey(int64_t r) const {
+    return options.causal ? std::min(keys - 1, QueryOf(r) + options.query_offset) : keys - 1;
   }
-  int64_t FirstQuery(int64_t j) const {
-    return options.causal ? std::max<int64_t>(0, j - options.query_offset) : 0;
+  int64_t FirstRow(int64_t j) const {
+    return options.causal ? std::max<int64_t>(0, j - options.query_offset) * fold : 0;
   }
-  int64_t LastQuery(int64_t j) const {
-    return options.window > 0 ? std::min(queries - 1, j - options.query_offset + options.window - 1)
-                              : queries - 1;
+  int64_t LastRow(int64_t j) const {
+    const int64_t last = options.window > 0
+                             ? std::min(queries - 1, j - options.query_offset + options.window - 1)
+                             : queries - 1;
+    return last * fold + fold - 1;
   }
-  // The tiles' bounds of the keys that queries [first, last] see, in whole groups.
+  // The keys that rows [first, last] see, in whole groups.
   int64_t KeysBegin(int64_t first) const { return RoundDown(FirstKey(first), kGroup); }
   int64_t KeysEnd(int64_t last) const {
     return RoundUp(std::max<int64_t>(0, LastKey(last) + 1), kGroup);
@@ -66,6 +73,9 @@ struct AttentionUnit {
   int64_t query_begin, query_end;  // starts at a multiple of kQueryBlock
   int64_t key_begin, key_end;      // starts at a multiple of kKeyTile; backward only
   bool dq, dkv;                    // backward: which gradients it writes
+  // Forward: one block of rows, all its heads folded into it, that packs keys tile by tile instead
+  // of all of them ahead of several blocks.
+  bool streamed;
 };
 
 // Hands out pieces of a block, or measures how large it has to be when begin is null.

@@ -209,7 +209,8 @@ HWY_INLINE void PackRow(const typename P::In* from, int64_t h, int64_t padded,
     std::memcpy(target + i, source + i, bytes - i);
     std::memset(target + bytes, 0, all - bytes);
   } else {
-    Map<typename P::Acc>(h, [](auto, auto v) HWY_ATTR { return v; }, to, from);
+    Map<typename P::Acc>(
+        h, [](auto, auto v) HWY_ATTR { return v; }, to, from);
     for (int64_t i = h; i < padded; ++i) to[i] = 0;
   }
 }
@@ -378,9 +379,9 @@ HWY_INLINE std::pair<int64_t, int64_t> QueriesForGroup(const AttentionProblem& a
   const int64_t all = RoundUp(t.queries, 2);
   if (!t.masked) return {0, all};
   const int64_t j = t.key + first;
-  const int64_t begin = RoundDown(std::clamp<int64_t>(a.FirstQuery(j) - t.query, 0, all), 2);
+  const int64_t begin = RoundDown(std::clamp<int64_t>(a.FirstRow(j) - t.query, 0, all), 2);
   const int64_t end =
-      RoundUp(std::clamp<int64_t>(a.LastQuery(j + kGroup - 1) + 1 - t.query, begin, all), 2);
+      RoundUp(std::clamp<int64_t>(a.LastRow(j + kGroup - 1) + 1 - t.query, begin, all), 2);
   return {begin, end};
 }
 
@@ -401,7 +402,7 @@ struct QueryMasks {
   }
   void SetDocuments(const AttentionProblem& a, int64_t b, int64_t query, int64_t queries) {
     for (int64_t i = 0; i < kQueryBlock; ++i)
-      document[i] = i < queries ? DocumentOf(a.q_document, b, query + i) : 0;
+      document[i] = i < queries ? DocumentOf(a.q_document, b, a.QueryOf(query + i)) : 0;
   }
   static int32_t DocumentOf(const View& documents, int64_t b, int64_t t) {
     return documents.as<const int32_t>()[b * documents.strides[0] + t * documents.strides[1]];
@@ -433,8 +434,8 @@ inline Tile MakeTile(const AttentionProblem& a, int64_t b, int64_t query, int64_
   end = std::min(RoundUp(end, kGroup), a.KeysEnd(last_query));
   if (a.documents() && begin < end) {
     using M = QueryMasks<int32_t>;
-    int32_t low = M::DocumentOf(a.q_document, b, query), high = low;
-    for (int64_t i = query; i <= last_query; ++i) {
+    int32_t low = M::DocumentOf(a.q_document, b, a.QueryOf(query)), high = low;
+    for (int64_t i = a.QueryOf(query); i <= a.QueryOf(last_query); ++i) {
       const int32_t x = M::DocumentOf(a.q_document, b, i);
       low = std::min(low, x), high = std::max(high, x);
     }

@@ -5,8 +5,8 @@
 
 namespace shoal::kernels::cpu {
 
-// `pairs`: bf16 goes through the dot product instruction where it is compiled in. `keys`: the most
-// keys that a unit's queries see. Scratch is in bytes, for one unit.
+// `pairs`: bf16 goes through the dot product instruction where it is compiled in. `keys`: how many
+// keys a unit packs at a time. Scratch is in bytes, for one unit.
 int64_t AttentionScratch(const AttentionProblem& a, bool pairs, int64_t keys);
 void RunAttentionUnit(const AttentionProblem& a, bool pairs, int64_t keys, const AttentionUnit& u,
                       char* scratch);
