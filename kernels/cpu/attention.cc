@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/base/thread_count.h"
+#include "kernels/contract.h"
 #include "kernels/cpu/attention_units.h"
 
 namespace shoal::kernels::cpu {
@@ -19,9 +20,11 @@ bool HasBf16Dot() {
 #endif
 }
 
+// [B, tokens, heads, H] with strides.
 void CheckHeads(const char* op, const char* name, const View& x, const Dims& shape, DType dtype) {
-  SHOAL_CHECK(x.shape == shape, op, "{} is {}, not {}", name, x.shape.ToString(), shape.ToString());
-  SHOAL_CHECK(x.dtype == dtype, op, "{} is {}, not {}", name, Name(x.dtype), Name(dtype));
+  CheckShape(op, name, x, shape);
+  CheckDType(op, name, x, dtype);
+  CheckPresent(op, name, x);
   SHOAL_CHECK(x.strides[3] == 1 || x.shape[3] <= 1, op,
               "{}'s last dimension has stride {}; it must be contiguous", name, x.strides[3]);
 }
@@ -29,32 +32,26 @@ void CheckHeads(const char* op, const char* name, const View& x, const Dims& sha
 AttentionProblem MakeProblem(const char* op, const View& out, const View& lse, const View& q,
                              const View& k, const View& v, const View& q_document,
                              const View& k_document, const AttentionOptions& options) {
-  SHOAL_CHECK(q.rank() == 4 && k.rank() == 4, op, "q {} and k {} must have four dimensions",
-              q.shape.ToString(), k.shape.ToString());
+  CheckRank(op, "q", q, 4);
+  CheckRank(op, "k", k, 4);
+  VisitFloat(q.dtype, op, [](auto) {});
   AttentionProblem a{out, lse, q, k, v, q_document, k_document, {}, {}, {}, {}, options};
   a.batch = q.dim(0), a.queries = q.dim(1), a.heads = q.dim(2), a.head_dim = q.dim(3);
   a.keys = k.dim(1), a.kv_heads = k.dim(2);
-  VisitFloat(q.dtype, op, [](auto) {});
   SHOAL_CHECK(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, op,
               "{} heads are not a multiple of {} kv heads", a.heads, a.kv_heads);
-  CheckHeads(op, "q", q, {a.batch, a.queries, a.heads, a.head_dim}, q.dtype);
+  CheckHeads(op, "q", q, q.shape, q.dtype);
   CheckHeads(op, "out", out, q.shape, q.dtype);
   CheckHeads(op, "k", k, {a.batch, a.keys, a.kv_heads, a.head_dim}, q.dtype);
   CheckHeads(op, "v", v, k.shape, q.dtype);
-  const Dims lse_shape{a.batch, a.heads, a.queries};
-  SHOAL_CHECK(lse.shape == lse_shape && lse.dtype == AccumulatorDType(q.dtype) && lse.contiguous(),
-              op, "lse must be contiguous {} {}, not {} {}", Name(AccumulatorDType(q.dtype)),
-              lse_shape.ToString(), Name(lse.dtype), lse.shape.ToString());
+  CheckArray(op, "lse", lse, {a.batch, a.heads, a.queries}, AccumulatorDType(q.dtype));
   SHOAL_CHECK(static_cast<bool>(q_document) == static_cast<bool>(k_document), op,
-              "q_document and k_document must be given together");
+              "only one of q_document and k_document is given");
   if (q_document) {
-    const Dims q_shape{a.batch, a.queries}, k_shape{a.batch, a.keys};
-    SHOAL_CHECK(q_document.shape == q_shape && q_document.dtype == DType::kI32, op,
-                "q_document must be i32 {}, not {} {}", q_shape.ToString(), Name(q_document.dtype),
-                q_document.shape.ToString());
-    SHOAL_CHECK(k_document.shape == k_shape && k_document.dtype == DType::kI32, op,
-                "k_document must be i32 {}, not {} {}", k_shape.ToString(), Name(k_document.dtype),
-                k_document.shape.ToString());
+    CheckShape(op, "q_document", q_document, {a.batch, a.queries});
+    CheckDType(op, "q_document", q_document, DType::kI32);
+    CheckShape(op, "k_document", k_document, {a.batch, a.keys});
+    CheckDType(op, "k_document", k_document, DType::kI32);
   }
   return a;
 }
@@ -102,7 +99,7 @@ void Attention(const Stream& stream, const View& out, const View& lse, const Vie
                const View& v, const View& q_document, const View& k_document,
                const AttentionOptions& options) {
   const AttentionProblem a =
-      MakeProblem("attention", out, lse, q, k, v, q_document, k_document, options);
+      MakeProblem("Attention", out, lse, q, k, v, q_document, k_document, options);
   if (q.numel() == 0) return;
   const int threads = KernelThreads();
   const int64_t pieces = PiecesPerKvHead(a, threads, 0.9);
@@ -134,7 +131,7 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
                        const View& dout, const View& q, const View& k, const View& v,
                        const View& out, const View& lse, const View& q_document,
                        const View& k_document, const AttentionOptions& options) {
-  const char* op = "attention_backward";
+  const char* op = "AttentionBackward";
   AttentionProblem a = MakeProblem(op, out, lse, q, k, v, q_document, k_document, options);
   CheckHeads(op, "dq", dq, q.shape, q.dtype);
   CheckHeads(op, "dout", dout, q.shape, q.dtype);

@@ -96,12 +96,13 @@ class Backward {
   void Block(const AttentionUnit& u, int64_t n, int64_t query, int64_t queries, int64_t key_end) {
     const D d;
     const int64_t b = u.batch;
+    const int64_t end = std::min(key_end, a_.KeysEnd(query + queries - 1));
+    const int64_t begin = std::max(first_key_, RoundDown(a_.KeysBegin(query), kKeyTile));
+    if (begin >= end && !u.dq) return;
     PackQueries(b, n, query, queries);
     std::fill_n(dq_, RoundUp(queries, kGroup) * padded_, Acc(0));
     if (a_.documents()) masks_->SetDocuments(a_, b, query, queries);
     const auto scale = static_cast<Acc>(a_.options.scale * ScoreUnit<Acc>());
-    const int64_t end = std::min(key_end, a_.KeysEnd(query + queries - 1));
-    const int64_t begin = std::max(first_key_, RoundDown(a_.KeysBegin(query), kKeyTile));
     for (int64_t j = begin; j < end; j += kKeyTile) {
       const Tile t = MakeTile(a_, b, query, queries, j, std::min(j + kKeyTile, end));
       if (t.rows == 0) continue;
