@@ -309,7 +309,7 @@ constexpr Acc ScoreLog() {
   return std::is_same_v<Acc, float> ? Acc(0.69314718055994530942) : Acc(1);
 }
 
-// 2^x for x up to 127, to 1.5 ulp; 0 below -125; NaN stays. The polynomial is the minimax fit
+// 2^x for x up to 127, to 1.2 ulp; 0 below -125; NaN stays. The polynomial is the minimax fit
 // of degree 6 on [-1/2, 1/2] (relative error 1.9e-9).
 template <class D, IfFloat<D> = 0>
 HWY_INLINE hn::Vec<D> Power(D d, hn::Vec<D> x) {
