@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <set>
@@ -12,6 +13,13 @@
 #include "core/base/build_config.h"
 #include "core/base/error.h"
 #include "kernels/cuda_runtime.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) (static_cast<void>(address))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) (static_cast<void>(address))
+#endif
 
 namespace shoal {
 
@@ -25,6 +33,15 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+// More than any machine has, and far from where sums of sizes wrap around.
+constexpr size_t kMaxBytes = size_t{1} << 60;
+// To AddressSanitizer the range is one big array in which nothing can go wrong. Its build therefore
+// keeps a gap behind each block, and poisons gaps and free blocks.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kGap = 128;
+#else
+constexpr size_t kGap = 0;
+#endif
 
 size_t RoundUp(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -87,7 +104,12 @@ class RangeAllocator : public Allocator {
   ~RangeAllocator() override {
     for (const auto& [begin, size] : segments_) {
       void* data = reinterpret_cast<void*>(begin);
-      if (device_.type == DeviceType::kCpu) munmap(data, size);
+      if (device_.type == DeviceType::kCpu) {
+        // Whoever is given these addresses next must find them clean; beyond the highest block they
+        // are.
+        ASAN_UNPOISON_MEMORY_REGION(data, highest_ - begin);
+        munmap(data, size);
+      }
       if constexpr (kHaveCuda) {
         if (device_.type == DeviceType::kCuda) cuda::Free(data);
       }
@@ -95,8 +117,9 @@ class RangeAllocator : public Allocator {
   }
 
   void* Allocate(size_t bytes, MemoryClass memory_class) override {
-    const size_t size = RoundUp(std::max<size_t>(bytes, 1), kAlignment);
     const std::lock_guard lock(mutex_);
+    if (bytes > kMaxBytes) Exhausted(bytes, memory_class);
+    const size_t size = RoundUp(std::max<size_t>(bytes, 1) + kGap, kAlignment);
     uintptr_t begin = ranges_.Take(size);
     if (begin == 0 && device_.type == DeviceType::kCuda) {
       GrowCuda(size);
@@ -109,7 +132,13 @@ class RangeAllocator : public Allocator {
     stats_.live_total += static_cast<int64_t>(bytes);
     stats_.peak[c] = std::max(stats_.peak[c], stats_.live[c]);
     stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
-    return reinterpret_cast<void*>(begin);
+    void* data = reinterpret_cast<void*>(begin);
+    if (device_.type == DeviceType::kCpu) {
+      ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+      ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, size - bytes);
+      highest_ = std::max(highest_, begin + size);
+    }
+    return data;
   }
 
   void Free(void* data) override {
@@ -120,6 +149,7 @@ class RangeAllocator : public Allocator {
     blocks_.erase(it);
     stats_.live[static_cast<int>(block.memory_class)] -= block.bytes;
     stats_.live_total -= block.bytes;
+    if (device_.type == DeviceType::kCpu) ASAN_POISON_MEMORY_REGION(data, block.size);
     ranges_.Release(reinterpret_cast<uintptr_t>(data), block.size);
   }
 
@@ -153,6 +183,7 @@ class RangeAllocator : public Allocator {
       madvise(data, size, MADV_HUGEPAGE);  // a hint: without it pages are small, not wrong
       const auto begin = reinterpret_cast<uintptr_t>(data);
       segments_.emplace_back(begin, size);
+      highest_ = begin;
       const uintptr_t aligned = RoundUp(begin, kHugePage);
       ranges_.AddRange(aligned, begin + size - aligned);
       return;
@@ -162,12 +193,17 @@ class RangeAllocator : public Allocator {
 
   void GrowCuda(size_t size) {
     if constexpr (kHaveCuda) {
-      const size_t segment = RoundUp(std::max(size, size_t{256} << 20), kHugePage);
+      // The last piece of a segment is never handed out: two segments that happen to be neighbours
+      // must not merge, for the driver refuses copies across them.
+      size_t segment = RoundUp(std::max(size + kAlignment, size_t{256} << 20), kHugePage);
       void* data = cuda::Allocate(device_.index, segment);
-      if (data == nullptr) data = cuda::Allocate(device_.index, size);
+      if (data == nullptr) {
+        segment = size + kAlignment;
+        data = cuda::Allocate(device_.index, segment);
+      }
       if (data == nullptr) return;
       segments_.emplace_back(reinterpret_cast<uintptr_t>(data), segment);
-      ranges_.AddRange(reinterpret_cast<uintptr_t>(data), segment);
+      ranges_.AddRange(reinterpret_cast<uintptr_t>(data), segment - kAlignment);
     }
   }
 
@@ -187,6 +223,7 @@ class RangeAllocator : public Allocator {
   mutable std::mutex mutex_;
   BestFit ranges_;
   std::vector<std::pair<uintptr_t, size_t>> segments_;
+  uintptr_t highest_ = 0;  // end of the highest block so far, on the CPU
   std::unordered_map<uintptr_t, Block> blocks_;
   MemoryStats stats_;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <queue>
+#include <unordered_set>
 
 #include "kernels/elementwise.h"
 
@@ -115,24 +116,30 @@ class BackwardPass {
   explicit BackwardPass(const BackwardOptions& options) : options_(options) {}
 
   void Run(const Tensor& root, const Tensor& gradient) {
-    const std::shared_ptr<Node> node = root.node();
+    // A copy: the node must outlive whatever the hooks do to the tensor.
+    std::shared_ptr<Node> node = root.node();
     SHOAL_CHECK(node != nullptr, "backward", "the result depends on nothing that wants a gradient");
-    Discover(node);
-    if (gradient.defined()) {
-      SHOAL_CHECK(gradient.shape() == root.shape(), "backward",
-                  "gradient of shape {} for a result of shape {}", gradient.shape().ToString(),
-                  root.shape().ToString());
-      node->gradient_ = gradient;
-    } else {
-      SHOAL_CHECK(root.numel() == 1, "backward", "a result of shape {} needs a gradient",
-                  root.shape().ToString());
-      node->gradient_ = Tensor::Full(root.shape(), root.dtype(), 1);
-    }
-    Push(node);
-    while (!ready_.empty()) {
-      const std::shared_ptr<Node> next = ready_.top();
-      ready_.pop();
-      Process(next);
+    try {
+      Discover(node);
+      if (gradient.defined()) {
+        SHOAL_CHECK(gradient.shape() == root.shape(), "backward",
+                    "gradient of shape {} for a result of shape {}", gradient.shape().ToString(),
+                    root.shape().ToString());
+        node->gradient_ = gradient;
+      } else {
+        SHOAL_CHECK(root.numel() == 1, "backward", "a result of shape {} needs a gradient",
+                    root.shape().ToString());
+        node->gradient_ = Tensor::Full(root.shape(), root.dtype(), 1);
+      }
+      ready_.push(node);
+      while (!ready_.empty()) {
+        current_ = ready_.top();
+        ready_.pop();
+        Process(current_);
+      }
+    } catch (...) {
+      Forget(node);
+      throw;
     }
     if (options_.deferred != nullptr) options_.deferred->final_ = options_.final_micro_batch;
   }
@@ -182,7 +189,29 @@ class BackwardPass {
     }
   }
 
-  void Push(const std::shared_ptr<Node>& node) { ready_.push(node); }
+  // After an error: leaves live on, and a use that never arrives would keep their hooks from firing
+  // in every later pass. Whatever waits can be reached from the root, from what is ready or from
+  // what was being processed: a node drops its inputs only after it has counted them down.
+  void Forget(const std::shared_ptr<Node>& root) {
+    std::vector<Node*> stack = {root.get()};
+    if (current_ != nullptr) stack.push_back(current_.get());
+    std::vector<std::shared_ptr<Node>> ready;
+    for (; !ready_.empty(); ready_.pop()) {
+      ready.push_back(ready_.top());
+      stack.push_back(ready.back().get());
+    }
+    std::unordered_set<Node*> seen;
+    while (!stack.empty()) {
+      Node* node = stack.back();
+      stack.pop_back();
+      if (!seen.insert(node).second) continue;
+      node->pending_ = 0;
+      node->gradient_ = Tensor();
+      for (const auto& input : node->inputs_) {
+        if (input != nullptr) stack.push_back(input.get());
+      }
+    }
+  }
 
   void Process(const std::shared_ptr<Node>& node) {
     if (node->is_leaf()) {
@@ -205,18 +234,23 @@ class BackwardPass {
     }
     for (const auto& input : node->inputs_) {
       if (input != nullptr && --input->pending_ == 0 && !(options_.deferred && input->is_leaf()))
-        Push(input);
+        ready_.push(input);
     }
     if (!split) node->inputs_.clear();
   }
 
   const BackwardOptions& options_;
+  std::shared_ptr<Node> current_;
   // The newest node first: memory is freed in the reverse order of its use, and the order in which
   // gradients become ready is the same on every rank.
   std::priority_queue<std::shared_ptr<Node>, std::vector<std::shared_ptr<Node>>, Older> ready_;
 };
 
 void DeferredGradients::Run() {
+  const NoGrad no_grad;
+  // Taken out first: after an error, what ran cannot run again.
+  std::vector<Work> all = std::move(work_);
+  work_.clear();
   // Uses per leaf, so that each fires once, after its last share.
   std::vector<std::pair<Leaf*, int>> uses;
   const auto count = [&uses](Leaf* leaf) -> int& {
@@ -224,15 +258,15 @@ void DeferredGradients::Run() {
       if (l == leaf) return n;
     return uses.emplace_back(leaf, 0).second;
   };
-  for (const Work& work : work_)
+  for (const Work& work : all)
     for (Leaf* leaf : BackwardPass::Leaves(*work.node)) ++count(leaf);
-  for (Work& work : work_) {
+  for (Work& work : all) {
     BackwardPass::Call(*work.node, std::move(work.grad), GradContext::Part::kLeaves);
     for (Leaf* leaf : BackwardPass::Leaves(*work.node)) {
       if (--count(leaf) == 0 && leaf->grad.defined()) BackwardPass::Fire(*leaf, final_);
     }
+    work.node.reset();
   }
-  work_.clear();
 }
 
 void Backward(const Tensor& root, const Tensor& gradient, const BackwardOptions& options) {

@@ -116,7 +116,8 @@ struct BackwardOptions {
 };
 
 // Differentiates `root`; `gradient` may be left out for a scalar (then it is 1). The graph is used
-// up.
+// up. If it throws, leaves hold parts of gradients: drop them; a later pass over another graph is
+// whole again.
 void Backward(const Tensor& root, const Tensor& gradient = {}, const BackwardOptions& options = {});
 
 // For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.

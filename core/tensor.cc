@@ -9,10 +9,29 @@
 #include "kernels/cuda_runtime.h"
 
 namespace shoal {
+namespace {
+
+// A product that fits no int64 would pass for a small tensor.
+size_t BytesOf(const Dims& shape, DType dtype) {
+  bool empty = false;
+  for (const int64_t extent : shape) {
+    SHOAL_CHECK(extent >= 0, "tensor", "a negative extent in shape {}", shape.ToString());
+    empty = empty || extent == 0;
+  }
+  if (empty) return 0;
+  auto bytes = static_cast<int64_t>(SizeOf(dtype));
+  for (const int64_t extent : shape) {
+    SHOAL_CHECK(!__builtin_mul_overflow(bytes, extent, &bytes), "tensor",
+                "shape {} of {} has more bytes than a number holds", shape.ToString(), Name(dtype));
+  }
+  return static_cast<size_t>(bytes);
+}
+
+}  // namespace
 
 Tensor Tensor::Unmaterialized(const Dims& shape, DType dtype, MemoryClass memory_class) {
   const ExecutionContext& context = ExecutionContext::Current();
-  const size_t bytes = static_cast<size_t>(shape.numel()) * SizeOf(dtype);
+  const size_t bytes = BytesOf(shape, dtype);
   Impl impl;
   impl.storage =
       std::make_shared<Storage>(bytes, memory_class, context.allocator(), context.device());

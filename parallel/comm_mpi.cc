@@ -8,7 +8,9 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
+#include <numeric>
 
 #include "parallel/reduce_arrays.h"
 #include "parallel/shared_barrier.h"
@@ -109,8 +111,11 @@ class MpiCommunicator : public Communicator {
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
     const size_t ranks = static_cast<size_t>(size_);
     std::vector<int> lengths(ranks), offsets(ranks);
-    const int length = static_cast<int>(mine.size());
+    const int length = static_cast<int>(std::min<size_t>(mine.size(), INT_MAX));
     SHOAL_MPI(MPI_Allgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD));
+    // All see the same lengths, so all refuse what MPI's counts cannot say.
+    const int64_t total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+    SHOAL_CHECK(total < INT_MAX, "all-gather", "the ranks' strings have {} bytes or more", total);
     for (size_t r = 1; r < ranks; ++r) offsets[r] = offsets[r - 1] + lengths[r - 1];
     std::string joined(static_cast<size_t>(offsets.back() + lengths.back()), '\0');
     SHOAL_MPI(MPI_Allgatherv(mine.data(), length, MPI_BYTE, joined.data(), lengths.data(),

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "core/base/thread_count.h"
@@ -39,52 +40,62 @@ class ThreadCommunicator : public Communicator {
 
  protected:
   // Each rank sums its slice over all ranks' buffers and writes the sum into all of them: the
-  // slices are disjoint, so nobody reads what another has overwritten.
+  // slices are disjoint, so nobody reads what another has overwritten. Between the two barriers
+  // nothing throws, for the others are reading this rank's buffers.
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
+    std::vector<const void*> sources(static_cast<size_t>(group_.size));
     group_.pieces[static_cast<size_t>(rank_)] = pieces;
     Barrier();
-    const size_t width = SizeOf(pieces[0].dtype);
-    std::vector<const void*> sources(static_cast<size_t>(group_.size));
-    for (size_t p = 0; p < pieces.size(); ++p) {
+    const bool alike = Alike();
+    for (size_t p = 0; alike && p < pieces.size(); ++p) {
+      const auto width = static_cast<int64_t>(SizeOf(pieces[p].dtype));
       const int64_t n = pieces[p].numel();
-      for (const auto& other : group_.pieces) {
-        SHOAL_CHECK(other.size() == pieces.size() && other[p].numel() == n, "all-reduce",
-                    "the ranks brought arrays of different sizes");
-      }
       const int64_t begin = n * rank_ / group_.size, end = n * (rank_ + 1) / group_.size;
       if (begin == end) continue;
       const auto at = [&](int r) {
-        return group_.pieces[static_cast<size_t>(r)][p].as<char>() +
-               static_cast<size_t>(begin) * width;
+        return group_.pieces[static_cast<size_t>(r)][p].as<char>() + begin * width;
       };
       for (int r = 0; r < group_.size; ++r) sources[static_cast<size_t>(r)] = at(r);
       ReduceArrays(pieces[p].dtype, op, sources, at(rank_), end - begin);
       for (int r = 0; r < group_.size; ++r) {
-        if (r != rank_) std::memcpy(at(r), at(rank_), static_cast<size_t>(end - begin) * width);
+        if (r != rank_) std::memcpy(at(r), at(rank_), static_cast<size_t>((end - begin) * width));
       }
     }
-    Barrier();
+    group_.barrier.WaitForAll(group_.size);
+    SHOAL_CHECK(alike, "all-reduce", "the ranks brought arrays of different sizes or dtypes");
   }
 
   void DoBroadcast(const View& data, int root) override {
     group_.pieces[static_cast<size_t>(rank_)] = std::span(&data, 1);
     Barrier();
+    const bool alike = Alike();
     const View& source = group_.pieces[static_cast<size_t>(root)][0];
-    SHOAL_CHECK(source.bytes() == data.bytes(), "broadcast", "{} bytes from rank {}, room for {}",
-                source.bytes(), root, data.bytes());
-    if (rank_ != root) std::memcpy(data.data, source.data, data.bytes());
-    Barrier();
+    if (alike && rank_ != root) std::memcpy(data.data, source.data, data.bytes());
+    group_.barrier.WaitForAll(group_.size);
+    SHOAL_CHECK(alike, "broadcast", "the ranks brought arrays of different sizes or dtypes");
   }
 
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
     group_.strings[static_cast<size_t>(rank_)] = mine;
     Barrier();
     std::vector<std::string> all = group_.strings;
-    Barrier();
+    group_.barrier.WaitForAll(group_.size);
     return all;
   }
 
  private:
+  // Whether all ranks brought the same to this collective: the same answer on every rank.
+  bool Alike() const {
+    const std::span<const View> first = group_.pieces[0];
+    return std::all_of(group_.pieces.begin(), group_.pieces.end(),
+                       [&](std::span<const View> other) {
+                         return std::equal(first.begin(), first.end(), other.begin(), other.end(),
+                                           [](const View& a, const View& b) {
+                                             return a.dtype == b.dtype && a.numel() == b.numel();
+                                           });
+                       });
+  }
+
   Group& group_;
   int rank_;
 };
@@ -96,30 +107,43 @@ void RunThreadRanks(int ranks, int threads_per_rank, const std::function<void(Co
   if (threads_per_rank == 0) threads_per_rank = std::max(1, KernelThreads() / ranks);
   Group group(ranks);
   std::mutex mutex;
-  std::exception_ptr first;
+  std::exception_ptr first, peer;
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      SetThreadRank(rank);
-      SetKernelThreads(threads_per_rank);
-      ThreadCommunicator communicator(group, rank);
-      try {
-        ExecutionContext context(Device{});
-        const ContextScope scope(context);
-        f(communicator);
-      } catch (const PeerFailed&) {
-        // The peer's own error is the one to report.
-      } catch (...) {
-        {
-          const std::lock_guard lock(mutex);
-          if (first == nullptr) first = std::current_exception();
-        }
-        communicator.Abort(0);
+  const auto run = [&](int rank) {
+    SetThreadRank(rank);
+    SetKernelThreads(threads_per_rank);
+    ThreadCommunicator communicator(group, rank);
+    try {
+      ExecutionContext context(Device{});
+      const ContextScope scope(context);
+      f(communicator);
+    } catch (const PeerFailed&) {
+      // The peer's own error is the one to report, if it has one.
+      const std::lock_guard lock(mutex);
+      if (peer == nullptr) peer = std::current_exception();
+    } catch (...) {
+      {
+        const std::lock_guard lock(mutex);
+        if (first == nullptr) first = std::current_exception();
       }
-    });
+      communicator.Abort(0);
+    }
+  };
+  try {
+    threads.reserve(static_cast<size_t>(ranks));
+    for (int rank = 0; rank < ranks; ++rank) threads.emplace_back(run, rank);
+  } catch (const std::system_error& e) {
+    // Those that started wait for the others and must be let go before they are joined.
+    const int missing = static_cast<int>(threads.size());
+    ThreadCommunicator(group, missing).Abort(0);
+    for (std::thread& thread : threads) thread.join();
+    SHOAL_FAIL(ErrorKind::kConfig, "thread ranks",
+               "the system starts no more than {} of {} threads ({}); use fewer local ranks",
+               missing, ranks, e.what());
   }
   for (std::thread& thread : threads) thread.join();
   if (first != nullptr) std::rethrow_exception(first);
+  if (peer != nullptr) std::rethrow_exception(peer);
 }
 
 }  // namespace shoal

@@ -7,18 +7,32 @@
 
 namespace shoal {
 
-void SharedBarrier::Wait(int ranks) {
-  const int mine = generation.load(std::memory_order_acquire);
-  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == ranks) {
-    arrived.store(0, std::memory_order_relaxed);
-    generation.store(mine + 1, std::memory_order_release);
-    return;
-  }
+void SharedBarrier::Wait(int ranks, bool abortable) {
+  constexpr uint64_t kGeneration = uint64_t{1} << 32;
+  const auto all = static_cast<uint64_t>(ranks);
+  uint64_t seen = state.load(std::memory_order_acquire);
+  uint64_t next = 0;
+  do {
+    const uint64_t arrived = seen % kGeneration + 1;
+    next = arrived == all ? (seen / kGeneration + 1) * kGeneration : seen + 1;
+  } while (!state.compare_exchange_weak(seen, next, std::memory_order_acq_rel));
+  const uint64_t mine = seen / kGeneration;
+  if (next / kGeneration != mine) return;
   // Ranks may outnumber cores: after a short spin the core is given away, and after a while slept
   // on.
   constexpr int kSpins = 2000, kYields = 20000;
-  for (int tries = 0; generation.load(std::memory_order_acquire) == mine; ++tries) {
-    if (const int failed = aborted.load(std::memory_order_acquire)) throw PeerFailed{failed - 1};
+  for (int tries = 0;; ++tries) {
+    uint64_t now = state.load(std::memory_order_acquire);
+    if (now / kGeneration != mine) return;
+    const int failed = abortable ? aborted.load(std::memory_order_acquire) : 0;
+    if (failed != 0) {
+      // Taken back, so that those who come later do not pass on the strength of it.
+      while (now / kGeneration == mine) {
+        if (state.compare_exchange_weak(now, now - 1, std::memory_order_acq_rel))
+          throw PeerFailed{failed - 1};
+      }
+      return;
+    }
     if (tries >= kYields) {
       const timespec pause = {0, 50000};
       nanosleep(&pause, nullptr);

@@ -2,18 +2,27 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace shoal {
 
 // Lives in zeroed memory; all of it is lock-free.
 struct SharedBarrier {
-  std::atomic<int> arrived;
-  std::atomic<int> generation;
+  // Generation in the upper half, arrived callers in the lower: one word, so that a caller who
+  // gives up and the last one to arrive agree on whether the barrier was passed.
+  std::atomic<uint64_t> state;
   std::atomic<int> aborted;  // 1 + the rank that failed, 0 while none has
 
-  // Waits for `ranks` callers; throws PeerFailed once one has aborted.
-  void Wait(int ranks);
+  // Waits for `ranks` callers; throws PeerFailed once one has aborted. Either all callers pass or
+  // none does.
+  void Wait(int ranks) { Wait(ranks, true); }
+  // For the end of a collective, at which all who began it arrive: nobody may leave, by whatever
+  // way, while another still reads his buffers. Does not throw.
+  void WaitForAll(int ranks) { Wait(ranks, false); }
+
+ private:
+  void Wait(int ranks, bool abortable);
 };
-static_assert(std::atomic<int>::is_always_lock_free);
+static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
 }  // namespace shoal

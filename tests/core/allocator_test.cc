@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/base/error.h"
+#include "core/tensor.h"
 
 namespace shoal {
 namespace {
@@ -101,6 +102,20 @@ TEST(Allocator, ExhaustionNamesTheClassAndTheBytes) {
   }
 }
 
+TEST(Allocator, SizesThatWrapAroundAreRefused) {
+  const auto allocator = Allocator::Create(Device{});
+  for (const size_t bytes : {SIZE_MAX, SIZE_MAX - 62, SIZE_MAX / 2 + 1, (size_t{1} << 60) + 1}) {
+    EXPECT_THROW(allocator->Allocate(bytes, MemoryClass::kWorkspace), Error) << bytes;
+  }
+  EXPECT_EQ(allocator->stats().peak_total, 0);
+  // 2^66 elements: a product that fits no int64 must not become a small tensor.
+  EXPECT_THROW(Tensor::Empty({int64_t{1} << 33, int64_t{1} << 33}, DType::kF32), Error);
+  EXPECT_THROW(Tensor::Empty({int64_t{1} << 62}, DType::kF64), Error);
+  EXPECT_THROW(Tensor::Empty({-1}, DType::kF32), Error);
+  EXPECT_THROW(Tensor::Empty({-2, -3}, DType::kF32), Error);
+  EXPECT_EQ(Tensor::Empty({int64_t{1} << 40, 0, int64_t{1} << 40}, DType::kF32).numel(), 0);
+}
+
 TEST(Allocator, ThreadsMayFreeEachOthersBlocks) {
   const auto allocator = Allocator::Create(Device{});
   std::vector<std::thread> threads;
@@ -116,6 +131,37 @@ TEST(Allocator, ThreadsMayFreeEachOthersBlocks) {
   for (auto& thread : threads) thread.join();
   EXPECT_EQ(allocator->stats().live_total, 0);
 }
+
+#ifdef __SANITIZE_ADDRESS__
+// The sanitizer sees what happens inside the allocator's range.
+void Touch(const void* data, size_t at) {
+  volatile auto* bytes = static_cast<volatile char*>(const_cast<void*>(data));
+  bytes[at] = static_cast<char>(bytes[at] + 1);
+}
+
+TEST(AllocatorDeathTest, OverrunsAndUsesAfterFreeAreCaught) {
+  const auto allocator = Allocator::Create(Device{});
+  for (const size_t size : {0u, 1u, 63u, 64u, 65u, 4096u}) {
+    void* data = allocator->Allocate(size, MemoryClass::kWorkspace);
+    void* next = allocator->Allocate(64, MemoryClass::kWorkspace);
+    if (size > 0) Touch(data, size - 1);
+    EXPECT_DEATH(Touch(data, size), "use-after-poison");
+    EXPECT_DEATH(Touch(data, size + 63), "use-after-poison");  // a whole vector too far
+    EXPECT_DEATH(Touch(static_cast<char*>(next) - 1, 0), "use-after-poison");
+    allocator->Free(data);
+    EXPECT_DEATH(Touch(data, 0), "use-after-poison");
+    allocator->Free(next);
+  }
+}
+
+TEST(Allocator, LeavesItsAddressesClean) {
+  for (int i = 0; i < 3; ++i) {
+    const auto allocator = Allocator::Create(Device{});
+    allocator->Free(allocator->Allocate(100000, MemoryClass::kWorkspace));
+    Touch(allocator->Allocate(1000, MemoryClass::kWorkspace), 999);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace shoal

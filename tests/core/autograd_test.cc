@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <stdexcept>
+
 #include "core/ops.h"
 #include "tests/core/gradient_check.h"
 
@@ -125,6 +128,73 @@ TEST(Autograd, ActivationsAreFreedAsBackwardGoes) {
     Backward(y, Tensor::Full({1000}, DType::kF64, 1));
   }
   EXPECT_EQ(live(), before);
+}
+
+// After an error in the middle, other graphs over the same parameters work as if nothing had been.
+TEST(Autograd, AnErrorInTheMiddleLeavesNothingWaiting) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  const Variable w(Tensor::From(std::vector<double>{3}, {1}));
+  int fired = 0;
+  x.leaf->hooks.push_back([&](GradEvent e) { fired += e == GradEvent::kFinal; });
+  w.leaf->hooks.push_back([&](GradEvent e) { fired += e == GradEvent::kFinal; });
+  const auto check = [&] {
+    x.leaf->grad = w.leaf->grad = Tensor();
+    fired = 0;
+    Backward(ops::Multiply(ops::Add(x.Use(), x.Use()), w.Use()));
+    EXPECT_EQ(fired, 2);
+    EXPECT_DOUBLE_EQ(x.leaf->grad.Item(), 6);
+    EXPECT_DOUBLE_EQ(w.leaf->grad.Item(), 4);
+  };
+  check();
+  const auto failing = [](const Tensor& t) {
+    return Record("failing", t.Clone(), {t}, {},
+                  [](GradContext&) { SHOAL_FAIL(ErrorKind::kBug, "failing", "on purpose"); });
+  };
+  const auto wrong_shape = [](const Tensor& t) {
+    return Record("wrong_shape", t.Clone(), {t}, {},
+                  [](GradContext& c) { c.Give(0, Tensor::Full({7}, DType::kF64, 1)); });
+  };
+  using Op = std::function<Tensor(const Tensor&)>;
+  for (const Op& op : {Op(failing), Op(wrong_shape)}) {
+    for (int depth = 0; depth < 3; ++depth) {
+      Tensor y = ops::Multiply(op(x.Use()), w.Use());
+      y = ops::Add(y, ops::Multiply(x.Use(), w.Use()));
+      for (int i = 0; i < depth; ++i) y = ops::Add(y, op(y));
+      EXPECT_THROW(Backward(y), Error);
+      check();
+      DeferredGradients later;
+      BackwardOptions split;
+      split.deferred = &later;
+      y = ops::Multiply(op(ops::Scale(x.Use(), 2)), w.Use());
+      EXPECT_THROW(Backward(y, {}, split), Error);
+      check();
+    }
+  }
+  // Refused before it began: the graph is partly used up, the gradient does not fit.
+  const Tensor used = ops::Scale(x.Use(), 2);
+  Backward(used);
+  EXPECT_THROW(Backward(ops::Multiply(ops::Add(used, w.Use()), x.Use())), Error);
+  check();
+  EXPECT_THROW(Backward(ops::Scale(x.Use(), 2), Tensor::Full({3}, DType::kF64, 1)), Error);
+  check();
+  // A parameter's hook fails.
+  x.leaf->hooks.insert(x.leaf->hooks.begin(), [](GradEvent) { throw std::runtime_error("hook"); });
+  EXPECT_THROW(Backward(ops::Multiply(x.Use(), ops::Scale(w.Use(), 2))), std::runtime_error);
+  x.leaf->hooks.erase(x.leaf->hooks.begin());
+  check();
+}
+
+TEST(Autograd, DeferredGradientsThatFailAreNotRunAgain) {
+  const Variable x(Tensor::From(std::vector<double>{2}, {1}));
+  DeferredGradients later;
+  BackwardOptions split;
+  split.deferred = &later;
+  Backward(ops::Multiply(x.Use(), x.Use()), {}, split);
+  ASSERT_FALSE(later.empty());
+  x.leaf->hooks.push_back([](GradEvent) { throw std::runtime_error("hook"); });
+  EXPECT_THROW(later.Run(), std::runtime_error);
+  EXPECT_TRUE(later.empty());
+  later.Run();
 }
 
 }  // namespace

@@ -3,13 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <stdexcept>
 #include <thread>
 
 #include "core/base/error.h"
 #include "core/context.h"
+#include "core/tensor.h"
 
 namespace shoal {
 namespace {
@@ -109,6 +112,73 @@ TEST(ThreadRanks, DifferentSizesAreAnErrorNotAHang) {
                                 c.AllReduce(std::span(&view, 1));
                               }),
                Error);
+}
+
+// Nobody may leave a collective while another reads its memory: each rank's arrays die with it.
+TEST(ThreadRanks, WhatDiffersIsRefusedByAllRanks) {
+  for (int round = 0; round < 50; ++round) {
+    for (const int odd_one : {0, 1, 2}) {
+      for (const bool dtype : {false, true}) {
+        for (const bool broadcast : {false, true}) {
+          std::atomic<int> refused = 0;
+          EXPECT_THROW(RunThreadRanks(3, 1,
+                                      [&](Communicator& c) {
+                                        const bool odd = c.rank() == odd_one;
+                                        const DType type = odd && dtype ? DType::kF64 : DType::kF32;
+                                        const int64_t n = odd && !dtype ? 50000 : 50001;
+                                        const Tensor a = Tensor::Full({1000}, DType::kF32, 1);
+                                        const Tensor b = Tensor::Full({n}, type, 1);
+                                        // One dtype per call: the second array alone where they
+                                        // differ.
+                                        std::vector<View> views = {a.view(), b.view()};
+                                        if (dtype) views.erase(views.begin());
+                                        try {
+                                          if (broadcast) {
+                                            c.Broadcast(b.view(), 1);
+                                          } else {
+                                            c.AllReduce(views);
+                                          }
+                                        } catch (const Error& e) {
+                                          EXPECT_NE(e.message().find("different"),
+                                                    std::string::npos);
+                                          ++refused;
+                                          throw;
+                                        }
+                                      }),
+                       Error);
+          EXPECT_EQ(refused, 3);
+        }
+      }
+    }
+  }
+}
+
+TEST(ThreadRanks, AnAbortIsNotTakenForSuccess) {
+  EXPECT_THROW(RunThreadRanks(3, 1,
+                              [](Communicator& c) {
+                                if (c.rank() == 1) return c.Abort(0);
+                                for (;;) c.Sum(1);
+                              }),
+               PeerFailed);
+}
+
+// A rank that fails at any moment: the others' collectives end or throw, and their memory is theirs
+// until nobody reads it.
+TEST(ThreadRanks, FailuresAtAnyMoment) {
+  for (int round = 0; round < 200; ++round) {
+    EXPECT_THROW(RunThreadRanks(4, 1,
+                                [&](Communicator& c) {
+                                  for (int i = 0;; ++i) {
+                                    if (c.rank() == round % 4 && i == round / 8)
+                                      throw std::runtime_error("on purpose");
+                                    const Tensor t = Tensor::Full({513}, DType::kF64, 1);
+                                    const View view = t.view();
+                                    c.AllReduce(std::span(&view, 1));
+                                    ASSERT_EQ(t.data<double>()[512], 4);
+                                  }
+                                }),
+                 std::runtime_error);
+  }
 }
 
 TEST(ThreadRanks, EachRankCountsItsOwnMemory) {
