@@ -29,8 +29,13 @@ class Handle {
   herr_t (*close_)(hid_t);
 };
 
-// HDF5 prints its own stack of errors unless told not to.
-void Silence() { H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr); }
+// HDF5 prints its own stack of errors unless told not to. And unless told not to before its first
+// call, it closes at exit once more what could not be closed (on a full disk), through memory that
+// it has freed: the process would end by SIGSEGV instead of with our exit code.
+void Silence() {
+  H5dont_atexit();
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+}
 
 hid_t FileType(DType dtype) {
   switch (dtype) {

@@ -50,6 +50,7 @@ class Handle {
 class Quiet {
  public:
   Quiet() {
+    H5dont_atexit();  // see checkpoint/hdf5_file.cc; the first call of HDF5 may be here
     H5Eget_auto2(H5E_DEFAULT, &function_, &data_);
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
   }
