@@ -143,8 +143,8 @@ Config ParseConfig(std::string_view toml, std::string_view source_name,
 // value is a comment.
 std::string WriteConfig(const Config& config);
 
-// What a run prints when it starts: a line that says what it is, and every key that has its default,
-// wrapped to `columns`.
+// What a run prints when it starts: a line that says what it is, and every key that has its
+// default, wrapped to `columns`.
 std::string ConfigSummary(const Config& config, int64_t ranks, size_t columns = 100);
 
 // "a.b=v" with a bare key on the left: an override and not the name of a file.
