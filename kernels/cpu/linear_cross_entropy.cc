@@ -60,37 +60,6 @@ HWY_INLINE LaneOf<D> MaxOver(D d, const LaneOf<D>* x, int64_t n) {
   return max;
 }
 
-// x = e^(x - shift) for x <= shift; returns their sum. NaN stays NaN.
-template <class D>
-HWY_INLINE LaneOf<D> ExponentialsOf(D d, LaneOf<D>* x, int64_t n, LaneOf<D> shift) {
-  const int64_t lanes = hn::Lanes(d);
-  const auto s = hn::Set(d, shift);
-  auto exp = [&](hn::Vec<D> v) {
-    const auto t = hn::Sub(v, s);
-    return hn::IfThenElse(hn::IsNaN(t), t, hn::Exp(d, t));
-  };
-  auto step = [&](int64_t at, hn::Vec<D>& sum) {
-    const auto e = exp(hn::LoadU(d, x + at));
-    hn::StoreU(e, d, x + at);
-    sum = hn::Add(sum, e);
-  };
-  auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
-  int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    step(i, s0);
-    step(i + lanes, s1);
-    step(i + 2 * lanes, s2);
-    step(i + 3 * lanes, s3);
-  }
-  for (; i + lanes <= n; i += lanes) step(i, s0);
-  if (i < n) {
-    const auto e = hn::IfThenElseZero(hn::FirstN(d, n - i), exp(LoadFirst(d, x + i, n - i)));
-    StoreFirst(d, e, x + i, n - i);
-    s1 = hn::Add(s1, e);
-  }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
-}
-
 // Pass 1. A NaN need not reach the maximum, but reaches the sum.
 template <class A>
 void Exponentials(const Block& block, Row* rows, A* block_max) {
@@ -102,7 +71,14 @@ void Exponentials(const Block& block, Row* rows, A* block_max) {
       const int64_t label = block.labels[r] - block.first;
       if (label >= 0 && label < block.width) row.label_logit = x[label];
       const A max = std::max(static_cast<A>(row.max), MaxOver(d, x, block.width));
-      const A sum = ExponentialsOf(d, x, block.width, max);
+      const auto shift = hn::Set(d, max);
+      const A sum = SumOver(d, block.width, [&](int64_t i, auto part) {
+        auto e = ExpOf(d, hn::Sub(Load(d, x + i, part), shift));
+        if constexpr (std::is_same_v<decltype(part), First>)
+          e = hn::IfThenElseZero(hn::FirstN(d, part.n), e);
+        Store(d, e, x + i, part);
+        return e;
+      });
       row.sum = row.sum * std::exp(row.max - static_cast<double>(max)) + static_cast<double>(sum);
       row.max = static_cast<double>(max);
       block_max[r] = max;
@@ -175,7 +151,7 @@ constexpr const char* kOp = "linear_cross_entropy";
 // Equal blocks of the vocabulary, a multiple of 64 wide: large enough for the products, small
 // enough that the logits of 256 tokens stay in the last level cache.
 int64_t BlockWidth(int64_t vocab) {
-  constexpr int64_t kTarget = 4096, kStep = 64;
+  constexpr int64_t kTarget = 8192, kStep = 64;
   const int64_t blocks = std::max<int64_t>(1, (vocab + kTarget - 1) / kTarget);
   return ((vocab + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
 }

@@ -25,6 +25,9 @@ struct Product {
   bool accumulate;
 };
 
+// f32 and bf16, by oneDNN.
+void MatmulDnnl(const Stream& stream, const Product& p);
+
 // oneDNN 2.6 has no f64, so this product is our own.
 void MatmulF64(const Stream& stream, const Product& p);
 
