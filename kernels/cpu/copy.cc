@@ -161,8 +161,34 @@ void CopyRow(const View& out, const View& x, RowFunction strided, const Row& r, 
   strided(r);
 }
 
-// Side of the square tiles of a transposing copy: both sides of a tile stay in the first cache.
+// A copy that does not read x along its rows goes through square tiles. They are gathered in the
+// order in which x lies in memory, because lines that are a power of two apart evict each other
+// before their next element is read.
 constexpr int64_t kTile = 32;
+
+// tile [kTile, kTile] = from [rows, columns], in elements of U's size.
+template <class U>
+void GatherTile(void* tile, const void* from, int64_t rows, int64_t columns, int64_t row_stride,
+                int64_t column_stride) {
+  const U* x = static_cast<const U*>(from);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      static_cast<U*>(tile)[r * kTile + c] = x[r * row_stride + c * column_stride];
+}
+
+using TileFunction = void (*)(void*, const void*, int64_t, int64_t, int64_t, int64_t);
+TileFunction GatherFunction(size_t element_size) {
+  switch (element_size) {
+    case 1:
+      return GatherTile<uint8_t>;
+    case 2:
+      return GatherTile<uint16_t>;
+    case 4:
+      return GatherTile<uint32_t>;
+    default:
+      return GatherTile<uint64_t>;
+  }
+}
 
 }  // namespace
 
@@ -175,19 +201,19 @@ void Copy(const Stream&, const View& out, const View& x) {
   const int inner = loops.rank - 1;
   const int64_t to_size = SizeOf(out.dtype), from_size = SizeOf(x.dtype);
   const bool past = inner == 0 && WritesPastCaches(out, {&x});
-  const auto row = [&](int64_t to, int64_t from, int64_t count) {
+  const auto row = [&](int64_t to, const char* from, int64_t from_stride, int64_t count) {
     CopyRow(out, x, strided,
-            {out.as<char>() + to * to_size, loops.to[inner], x.as<const char>() + from * from_size,
-             loops.from[inner], count},
-            past);
+            {out.as<char>() + to * to_size, loops.to[inner], from, from_stride, count}, past);
   };
+  const auto* source = x.as<const char>();
   if (inner == 0) {
     ParallelFlat(n, [&](int64_t begin, int64_t end) {
-      row(begin * loops.to[0], begin * loops.from[0], end - begin);
+      row(begin * loops.to[0], source + begin * loops.from[0] * from_size, loops.from[0],
+          end - begin);
     });
     return;
   }
-  // The two innermost loops in tiles if x is not read along its rows, else in whole rows.
+  const TileFunction gather = GatherFunction(SizeOf(x.dtype));
   const int64_t rows = loops.size[inner - 1], columns = loops.size[inner];
   const bool tiled = loops.from[inner] != 1 && loops.from[inner] != 0;
   const int64_t strips = tiled ? (rows + kTile - 1) / kTile : rows;
@@ -201,12 +227,21 @@ void Copy(const Stream&, const View& out, const View& x) {
         rest /= loops.size[d];
       }
       const int64_t r0 = i % strips * strip, r1 = std::min(rows, r0 + strip);
-      const int64_t width = tiled ? kTile : columns;
-      for (int64_t c = 0; c < columns; c += width)
-        for (int64_t r = r0; r < r1; ++r)
-          row(to + r * loops.to[inner - 1] + c * loops.to[inner],
-              from + r * loops.from[inner - 1] + c * loops.from[inner],
-              std::min(width, columns - c));
+      from += r0 * loops.from[inner - 1];
+      to += r0 * loops.to[inner - 1];
+      if (!tiled) {
+        row(to, source + from * from_size, loops.from[inner], columns);
+        continue;
+      }
+      for (int64_t c = 0; c < columns; c += kTile) {
+        alignas(64) char tile[kTile * kTile * 8];
+        const int64_t width = std::min(kTile, columns - c);
+        gather(tile, source + (from + c * loops.from[inner]) * from_size, r1 - r0, width,
+               loops.from[inner - 1], loops.from[inner]);
+        for (int64_t r = 0; r < r1 - r0; ++r)
+          row(to + r * loops.to[inner - 1] + c * loops.to[inner], tile + r * kTile * from_size, 1,
+              width);
+      }
     }
   });
 }
