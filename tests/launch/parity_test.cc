@@ -55,6 +55,8 @@ TEST(Parity, Fp32) {
 }
 
 // bf16 rounds every product, so the measure is what merely reordering the batch does on one rank.
+// That is often nothing at all: exchanged sums are f32, and their last digits seldom move a rounded
+// weight.
 TEST(Parity, Bf16WithinReorderings) {
   const Recipe recipe = {.model = "llama", .dtype = DType::kBF16, .lr = 1e-3};
   const Outcome one = OneRank(recipe);
@@ -65,11 +67,10 @@ TEST(Parity, Bf16WithinReorderings) {
     std::shuffle(order.begin(), order.end(), random);
     spread = std::max(spread, Difference(one.losses, OneRank(recipe, order).losses));
   }
-  EXPECT_GT(spread, 0);
   for (int64_t micro_batches : {1, 3}) {
     RunThreadRanks(2, 1, [&](Communicator& c) {
       EXPECT_LT(Difference(one.losses, Train(recipe, c, micro_batches, InOrder()).losses),
-                2 * spread);
+                2 * spread + 1e-12);
     });
   }
 }
