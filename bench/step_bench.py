@@ -34,6 +34,7 @@ MEMORY = {
     "thp": {"THP_MEM_ALLOC_ENABLE": "1"},
     "heap": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "100000000"},
 }
+OURS = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # containers
 ARMS = "eager-plain,eager-heap,compile-plain,compile-thp,compile-heap"
 
 
@@ -51,7 +52,8 @@ def parse():
                         help="also PyTorch with bf16 weights and optimizer state (no f32 master: listed, not compared)")
     parser.add_argument("--ranks", action="store_true",
                         help="also 2 ranks with half of the threads each against 1 rank, for the LLaMA workloads")
-    parser.add_argument("--ours-ranks", default="mpirun -n 2 {ours}", help="our arm on two ranks; 'none': PyTorch only")
+    parser.add_argument("--ours-ranks", default="mpirun --oversubscribe --bind-to none -n 2 {ours}",
+                        help="our arm on two ranks; 'none': PyTorch only")
     parser.add_argument("--prefix", default="", help="in front of every timed command, e.g. 'taskset -c 0,1'")
     parser.add_argument("--prepare-prefix", default="", help="in front of the untimed runs that fill the compile cache")
     parser.add_argument("--clip", type=float, default=0.0, help="PyTorch arms clip by the global norm (0: they do not)")
@@ -82,8 +84,8 @@ class Bench:
         model, batch, length, precision, steps = WORKLOADS[workload]
         program = [self.a.ours] if ranks == 1 else shlex.split(self.a.ours_ranks.format(ours=self.a.ours))
         command = program + ["--model", model, "--batch", batch, "--sequence-length", length, "--precision", precision,
-                             "--threads", self.a.threads // ranks, "--steps", self.a.steps or steps]
-        return self.record(workload, "ours", ranks, call(command, self.a.prefix, {}))
+                             "--threads", self.a.threads, "--steps", self.a.steps or steps]  # threads over all ranks
+        return self.record(workload, "ours", ranks, call(command, self.a.prefix, OURS))
 
     def torch(self, workload, mode, memory, dtype, ranks=1, prepare=False):
         model, batch, length, _, steps = WORKLOADS[workload]
@@ -142,6 +144,8 @@ def arms_of(raw, workload, ranks):
         if line["workload"] == workload and line["ranks"] == ranks:
             best = out.setdefault(line["arm"], dict(line, slowest=line["tokens_per_second"], rounds=0))
             best["rounds"] += 1
+            if "others_cpu_percent" in line:
+                best["others_cpu_percent"] = max(best["others_cpu_percent"], line["others_cpu_percent"])
             best["slowest"] = min(best["slowest"], line["tokens_per_second"])
             for key in ("tokens_per_second", "tokens_per_second_best", "gemm_gflops"):
                 best[key] = max(best.get(key) or 0, line.get(key) or 0)
@@ -218,15 +222,18 @@ def report(a, raw):
         lines += ["", "## Where our step goes, percent", "", row("workload", *names), row(*["---"] * (len(names) + 1))]
         lines += [row(w, *(f"{p[k]:.1f}" if k in p else "-" for k in names)) for w, p in parts.items() if p]
     lines += ["", "## All arms", "",
-              row("workload", "ranks", "arm", "rounds", "tokens/s", "slowest round", "best step", "peak MB", "GEMM GF/s"),
-              row(*["---"] * 9)]
+              row("workload", "ranks", "arm", "rounds", "tokens/s", "slowest round", "best step", "peak MB", "GEMM GF/s",
+                  "others' CPU, percent"),
+              row(*["---"] * 10)]
     for workload in workloads:
         for ranks in (1, 2):
             for name, x in arms_of(raw, workload, ranks).items():
                 lines.append(row(workload, ranks, name, x["rounds"], f"{x['tokens_per_second']:.0f}", f"{x['slowest']:.0f}",
-                                 f"{x['tokens_per_second_best']:.0f}", f"{x['peak_rss_mb']:.0f}", f"{x['gemm_gflops']:.0f}"))
+                                 f"{x['tokens_per_second_best']:.0f}", f"{x['peak_rss_mb']:.0f}", f"{x['gemm_gflops']:.0f}",
+                                 f"{x['others_cpu_percent']:.0f}" if "others_cpu_percent" in x else "-"))
     lines += ["", "`plain`, `thp`, `heap`: how PyTorch gets large blocks (bench/README.md). `bf16` is autocast with f32 weights; "
-              "`bf16-weights` has no f32 master and is not compared."]
+              "`bf16-weights` has no f32 master and is not compared. "
+              "Others' CPU: the most that other processes and the machine's host took while an arm was timed."]
     return "\n".join(lines) + "\n"
 
 

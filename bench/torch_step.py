@@ -39,6 +39,14 @@ def minor_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def cpu_seconds():
+    """Seconds of CPU time that anybody used on this machine, time stolen by its host included, and ours."""
+    with open("/proc/stat") as f:
+        user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
+    mine = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), mine.user + mine.system
+
+
 def gemm_gflops(dtype):
     """The best of a few shapes and repeats, y = x w^T."""
     import torch
@@ -76,6 +84,8 @@ def train(rank, a, store):
     seconds = []
     first = time.perf_counter()
     for step in range(a.warmup + a.steps):
+        if step == a.warmup:
+            began, all_before, mine_before = time.perf_counter(), *cpu_seconds()
         ids = torch.randint(MODELS[a.model]["vocab"], (batch, a.sequence_length + 1), generator=generator)
         if a.ranks > 1:
             torch.distributed.barrier()
@@ -95,6 +105,8 @@ def train(rank, a, store):
         if step >= a.warmup:
             seconds.append(end - start)
     faults = minor_faults() - faults
+    all_after, mine_after = cpu_seconds()
+    others = (all_after - all_before) - a.ranks * (mine_after - mine_before)  # ranks are alike
     peak = resident_mb()
     tokens = a.batch * a.sequence_length
     result = dict(
@@ -102,7 +114,8 @@ def train(rank, a, store):
         sequence_length=a.sequence_length, dtype=a.dtype, mode=a.mode, threads=a.threads, ranks=a.ranks,
         parameters=parameters, tokens_per_second=tokens / statistics.median(seconds),
         tokens_per_second_best=tokens / min(seconds), peak_rss_mb=peak, imported_rss_mb=imported,
-        first_step_seconds=first, minor_faults_per_step=faults, loss=loss.item())
+        first_step_seconds=first, minor_faults_per_step=faults,
+        others_cpu_percent=max(0.0, 100 * others / (time.perf_counter() - began) / os.cpu_count()), loss=loss.item())
     if not a.no_gemm:
         result["gemm_gflops"] = gemm_gflops(torch.float32 if a.dtype == "f32" else torch.bfloat16)
     if rank == 0:
