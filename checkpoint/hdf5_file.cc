@@ -29,10 +29,10 @@ class Handle {
   herr_t (*close_)(hid_t);
 };
 
-// HDF5 prints its own stack of errors unless told not to. And unless told not to before its first
-// call, it closes at exit once more what could not be closed (on a full disk), through memory that
-// it has freed: the process would end by SIGSEGV instead of with our exit code.
-void Silence() {
+// Before the first call. HDF5 prints its own stack of errors unless told not to. At the end of the
+// process it would try once more to finish a file that a full disk did not let it finish, and
+// crash; all files are closed by then, so it has nothing to do there.
+void Prepare() {
   H5dont_atexit();
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
@@ -68,7 +68,7 @@ hid_t FileType(DType dtype) {
 }  // namespace
 
 Hdf5File Hdf5File::Create(const std::string& path) {
-  Silence();
+  Prepare();
   errno = 0;
   const hid_t id = H5Fcreate(path.c_str(), H5F_ACC_EXCL, H5P_DEFAULT, H5P_DEFAULT);
   if (id < 0) Fail(path, "create the file", "");
@@ -76,7 +76,7 @@ Hdf5File Hdf5File::Create(const std::string& path) {
 }
 
 Hdf5File Hdf5File::Open(const std::string& path) {
-  Silence();
+  Prepare();
   errno = 0;
   const hid_t id = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
   if (id < 0) Fail(path, "open it as HDF5: missing, truncated or not a checkpoint", "");

@@ -1,6 +1,7 @@
 #include "checkpoint/store.h"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -57,16 +58,25 @@ std::optional<int64_t> StepOf(const std::string& name) {
 // A contiguous host copy to write from, or the tensor itself.
 Tensor ForWriting(const Tensor& t) { return t.contiguous() ? t : t.Clone(MemoryClass::kWorkspace); }
 
+// Of the manifest without its own digest. What is parsed and written again is the same text.
+std::string DigestOf(const json& manifest) {
+  const std::string text = manifest.dump();
+  return Digest(text.data(), text.size());
+}
+
 json ReadManifest(const std::string& save) {
   const fs::path path = fs::path(save) / kManifest;
   std::ifstream in(path);
   if (!in) Fail(path, "cannot be read; this is not a save");
-  const json manifest = json::parse(in, nullptr, false);
+  json manifest = json::parse(in, nullptr, false);
   if (manifest.is_discarded() || !manifest.contains("format")) Fail(path, "is damaged");
   if (manifest["format"] != kFormat) {
     Fail(path,
          fmt::format("has format {}, this version reads {}", manifest["format"].dump(), kFormat));
   }
+  const json digest = manifest.value("digest", json());
+  manifest.erase("digest");
+  if (digest != DigestOf(manifest)) Fail(path, "is not as it was written: it is damaged");
   return manifest;
 }
 
@@ -119,12 +129,13 @@ std::string SaveState(const std::string& directory, const SaveInfo& info, const 
       file.Close();
     }
     Flush(partial / kTensors);
-    const json manifest = {{"format", kFormat},
-                           {"step", info.step},
-                           {"tokens", info.tokens},
-                           {"config", info.config},
-                           {"data_fingerprint", info.data_fingerprint},
-                           {"tensors", tensors}};
+    json manifest = {{"format", kFormat},
+                     {"step", info.step},
+                     {"tokens", info.tokens},
+                     {"config", info.config},
+                     {"data_fingerprint", info.data_fingerprint},
+                     {"tensors", tensors}};
+    manifest["digest"] = DigestOf(manifest);
     {
       std::ofstream out(partial / kManifest);
       out << manifest.dump(1) << '\n';
@@ -231,6 +242,13 @@ void PruneSaves(const std::string& directory, int64_t keep) {
 void CheckFreeSpace(const std::string& directory, int64_t bytes) {
   struct statvfs info;
   if (statvfs(directory.c_str(), &info) != 0) Fail(directory, std::strerror(errno));
+  rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < static_cast<rlim_t>(bytes)) {
+    Fail(directory,
+         fmt::format("a save takes {:.1f} MB and this process may write files of {:.1f} "
+                     "MB at most; raise the limit (ulimit -f)",
+                     static_cast<double>(bytes) / 1e6, static_cast<double>(limit.rlim_cur) / 1e6));
+  }
   const auto free_bytes = static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
   if (free_bytes < bytes) {
     Fail(directory,

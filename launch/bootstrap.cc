@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 #include <string>
 
 #include "core/base/build_config.h"
@@ -36,11 +37,33 @@ Launcher DetectLauncher() {
 
 namespace {
 
-// An error that all ranks have: they end in order, and one of them prints it.
+// An error that all ranks know of: they end in order, and one of them prints it. It names the rank
+// and the host where it happened.
 class CommonError : public Error {
  public:
-  using Error::Error;
+  CommonError(const Error& error, std::string host) : Error(error), host_(std::move(host)) {}
+  const std::string& host() const { return host_; }
+
+ private:
+  std::string host_;
 };
+
+// f's result; what the standard library throws becomes an Error, so that it too ends the other
+// ranks.
+template <class F>
+auto CallWithErrors(const F& f) {
+  try {
+    return f();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    SHOAL_FAIL(ErrorKind::kConfig, "memory",
+               "this machine has no more memory for the run. Make batch.micro, the model or the "
+               "sequences smaller; shoal plan says what a run takes");
+  } catch (const std::exception& e) {
+    SHOAL_FAIL(ErrorKind::kBug, "shoal", "{}", e.what());
+  }
+}
 
 Device DeviceFor(const std::string& name, int local_rank) {
   if (name == "cpu") return {};
@@ -74,9 +97,9 @@ std::string LauncherCommand(int ranks) {
 
 int Guarded(Communicator& communicator, const std::function<int()>& f) {
   try {
-    return f();
+    return CallWithErrors(f);
   } catch (const CommonError& e) {
-    if (communicator.rank() == 0) PrintError(e);
+    if (communicator.rank() == 0) PrintError(e, e.host());
     return static_cast<int>(e.kind());
   } catch (const Error& e) {
     PrintError(e);
@@ -111,7 +134,7 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
       });
       int code = 0;
       RunThreadRanks(options.local_ranks, 0, [&](Communicator& communicator) {
-        const int mine = f(communicator);
+        const int mine = CallWithErrors([&] { return f(communicator); });
         if (communicator.rank() == 0) code = mine;
       });
       return code;
@@ -140,23 +163,39 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
   }
 }
 
+int FailOnAllRanks(const Error& error) {
+  return RunRanks({}, [&](Communicator& communicator) -> int {
+    Agree(communicator, [&] { throw error; });
+    return 0;
+  });
+}
+
 void Agree(Communicator& communicator, const std::function<void()>& f) {
-  // "kind rank op \n message", or nothing.
+  // "kind \n host \n op \n message", or nothing.
   std::string mine;
   try {
-    f();
+    CallWithErrors(f);
   } catch (const Error& e) {
-    mine = fmt::format("{}\n{}\n{}", static_cast<int>(e.kind()), e.op(), e.message());
+    mine = fmt::format("{}\n{}\n{}\n{}", static_cast<int>(e.kind()), communicator.host(), e.op(),
+                       e.message());
   }
   const std::vector<std::string> all = communicator.AllGatherStrings(mine);
   for (size_t r = 0; r < all.size(); ++r) {
     if (all[r].empty()) continue;
-    const size_t first = all[r].find('\n'), second = all[r].find('\n', first + 1);
-    const auto kind = static_cast<ErrorKind>(std::stoi(all[r].substr(0, first)));
-    std::string message = all[r].substr(second + 1);
-    if (r > 0) message += fmt::format(" (found by rank {})", r);
-    throw CommonError(kind, all[r].substr(first + 1, second - first - 1), message, __FILE__,
-                      __LINE__);
+    std::string_view rest = all[r];
+    const auto next = [&rest] {
+      const size_t end = rest.find('\n');
+      std::string field(rest.substr(0, end));
+      rest.remove_prefix(end + 1);
+      return field;
+    };
+    const auto kind = static_cast<ErrorKind>(std::stoi(next()));
+    const std::string host = next(), op = next();
+    const int mine_rank = ThreadRank();
+    SetThreadRank(static_cast<int>(r));  // whose error it is
+    const Error error(kind, op, std::string(rest), __FILE__, __LINE__);
+    SetThreadRank(mine_rank);
+    throw CommonError(error, host);
   }
 }
 

@@ -4,14 +4,20 @@
 
 #include <functional>
 
+#include "core/base/error.h"
 #include "launch/commands.h"
 #include "parallel/communicator.h"
 
 namespace shoal {
 
 // Runs f on every rank of this process and returns the exit code of the program. An Error ends all
-// ranks and is printed once, by the lowest rank that has it.
+// ranks and is printed once, by the lowest rank that has it. f begins with Agree, so that a process
+// whose command line is wrong (FailOnAllRanks) meets the others there.
 int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>& f);
+
+// What is wrong with this process before it runs anything, told to all ranks and printed once.
+// Returns the exit code.
+int FailOnAllRanks(const Error& error);
 
 // True if a launcher started several of us: rank and size by its variables. Starts nothing.
 struct Launcher {

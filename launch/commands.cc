@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "launch/bootstrap.h"
+#include "launch/console.h"
 #include "launch/plan.h"
 #include "launch/session.h"
 #include "launch/signals.h"
@@ -17,7 +18,12 @@ namespace {
 
 using nlohmann::ordered_json;
 
-void WarnOnStandardError(const std::string& what) { std::cerr << "warning: " << what << '\n'; }
+// To FindSave: one rank speaks for all.
+std::function<void(const std::string&)> WarnOnce(const Communicator& communicator) {
+  return [speaks = communicator.rank() == 0](const std::string& what) {
+    if (speaks) WriteToStandardError(fmt::format("shoal: {}; trying an older save\n", what));
+  };
+}
 
 std::optional<DType> Precision(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
@@ -58,17 +64,22 @@ int ResumeCommand(const std::string& run_directory, const RunOptions& run) {
 }
 
 int PlanCommand(const ConfigArguments& arguments, int ranks, bool json) {
-  return RunRanks({}, [&](Communicator&) {
-    if (ranks < 1)
-      SHOAL_FAIL(ErrorKind::kConfig, "command line", "--ranks {} is not positive", ranks);
-    Config config = LoadConfig(arguments.file, arguments.overrides);
-    CheckSupported(config);
-    CheckBatch(config, ranks);
-    ResolveFrom(&config);
-    // The corpus says how long an epoch is, and the vocabulary where the configuration does not.
-    const OpenedData data = OpenData(&config);
-    Plan plan = MakePlan(config, ranks);
-    plan.steps_per_epoch = data.loader->train_sequences() / config.batch.sequences;
+  return RunRanks({}, [&](Communicator& communicator) {
+    Config config;
+    Plan plan;
+    Agree(communicator, [&] {
+      if (ranks < 1)
+        SHOAL_FAIL(ErrorKind::kConfig, "command line", "--ranks {} is not positive", ranks);
+      config = LoadConfig(arguments.file, arguments.overrides);
+      CheckSupported(config);
+      CheckBatch(config, ranks);
+      ResolveFrom(&config);
+      // The corpus says how long an epoch is, and the vocabulary where the configuration does not.
+      const OpenedData data = OpenData(&config);
+      plan = MakePlan(config, ranks);
+      plan.steps_per_epoch = data.loader->train_sequences() / config.batch.sequences;
+    });
+    if (communicator.rank() != 0) return 0;
     if (json) {
       std::cout << PlanJson(plan) << '\n';
     } else {
@@ -83,7 +94,7 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
     LoadedModel loaded;
     OpenedData data;
     Agree(communicator, [&] {
-      const std::string save = FindSave(options.path, WarnOnStandardError);
+      const std::string save = FindSave(options.path, WarnOnce(communicator));
       loaded = LoadModel(save, Precision(options.precision));
       Config& config = loaded.config;
       if (options.sequence_length) config.data.sequence_length = *options.sequence_length;
@@ -126,19 +137,24 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
 
 int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run) {
   return RunRanks(run, [&](Communicator& communicator) {
-    const LoadedModel loaded =
-        LoadModel(FindSave(arguments.path, WarnOnStandardError), Precision(arguments.precision));
-    const auto tokenizer = MakeTokenizer(loaded.config.data.tokenizer);
-    std::vector<int32_t> prompt = tokenizer->Encode(arguments.prompt);
-    // Without a prompt the text begins where a document ends.
-    if (prompt.empty()) prompt.push_back(tokenizer->end_of_document());
-    const int64_t vocab = loaded.model->config().vocab;
-    for (int32_t id : prompt) {
-      if (id < 0 || id >= vocab) {
-        SHOAL_FAIL(ErrorKind::kData, "generate",
-                   "the prompt has token id {}, the model knows ids below {}", id, vocab);
+    LoadedModel loaded;
+    std::unique_ptr<Tokenizer> tokenizer;
+    std::vector<int32_t> prompt;
+    Agree(communicator, [&] {
+      loaded = LoadModel(FindSave(arguments.path, WarnOnce(communicator)),
+                         Precision(arguments.precision));
+      tokenizer = MakeTokenizer(loaded.config.data.tokenizer);
+      prompt = tokenizer->Encode(arguments.prompt);
+      // Without a prompt the text begins where a document ends.
+      if (prompt.empty()) prompt.push_back(tokenizer->end_of_document());
+      const int64_t vocab = loaded.model->config().vocab;
+      for (int32_t id : prompt) {
+        if (id < 0 || id >= vocab) {
+          SHOAL_FAIL(ErrorKind::kData, "generate",
+                     "the prompt has token id {}, the model knows ids below {}", id, vocab);
+        }
       }
-    }
+    });
     GenerateOptions options;
     options.tokens = arguments.tokens;
     options.temperature = arguments.temperature;

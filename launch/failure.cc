@@ -91,11 +91,11 @@ std::string ErrorBlock(const Error& error, const FailureContext& c, std::string_
   return block;
 }
 
-int PrintError(const Error& error) {
-  char host[256] = "this host";
-  gethostname(host, sizeof(host) - 1);
-  WriteToStandardError(
-      ErrorBlock(error, CurrentFailureContext(), host, TerminalOf(STDERR_FILENO).color));
+int PrintError(const Error& error, const std::string& host) {
+  char here[256] = "this host";
+  gethostname(here, sizeof(here) - 1);
+  WriteToStandardError(ErrorBlock(error, CurrentFailureContext(), host.empty() ? here : host,
+                                  TerminalOf(STDERR_FILENO).color));
   return static_cast<int>(error.kind());
 }
 

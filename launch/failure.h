@@ -45,7 +45,7 @@ std::string ErrorBlock(const Error& error, const FailureContext& context, std::s
                        bool color);
 
 // Writes the block of the process's context to standard error, in one piece, and returns the exit
-// code of the program.
-int PrintError(const Error& error);
+// code of the program. `host` is the rank's; empty: this one.
+int PrintError(const Error& error, const std::string& host = "");
 
 }  // namespace shoal

@@ -6,6 +6,7 @@
 #include <iostream>
 
 #include "core/base/build_config.h"
+#include "launch/bootstrap.h"
 #include "launch/commands.h"
 #include "launch/config.h"
 #include "launch/console.h"
@@ -13,6 +14,7 @@
 #include "launch/doctor.h"
 #include "launch/failure.h"
 #include "launch/report.h"
+#include "launch/signals.h"
 #include "launch/suggest.h"
 
 namespace {
@@ -54,34 +56,55 @@ class Program {
 
   int Run(int argc, char** argv) {
     SetFailureContext([&](FailureContext& context) { context.program = argv[0]; });
+    ReportFileLimits();
     try {
       app_.parse(argc, argv);
       if (json_) KeepStandardOutputForJson();
       return command_();
     } catch (const CLI::ParseError& e) {
-      const std::string unknown = UnknownCommand(argc, argv);
-      if (!unknown.empty())
-        return PrintError(Error(ErrorKind::kConfig, "command line", unknown, __FILE__, __LINE__));
-      const int code = app_.exit(e);  // prints the help, or what is wrong
-      return code == 0 ? 0 : static_cast<int>(ErrorKind::kConfig);
+      if (e.get_exit_code() == 0) return DetectLauncher().rank == 0 ? app_.exit(e) : 0;  // --help
+      return FailOnAllRanks(Misspelt(e));
     } catch (const Error& e) {
-      return PrintError(e);
+      return FailOnAllRanks(e);
     } catch (const std::exception& e) {
       return PrintError(Error(ErrorKind::kBug, "shoal", e.what(), __FILE__, __LINE__));
     }
   }
 
  private:
-  // What is wrong with the first word, if it is no command.
-  std::string UnknownCommand(int argc, char** argv) {
-    if (argc < 2 || argv[1][0] == '-') return "";
-    std::vector<std::string> names;
-    for (const CLI::App* command : app_.get_subcommands({})) names.push_back(command->get_name());
-    if (std::find(names.begin(), names.end(), argv[1]) != names.end()) return "";
-    const std::string near = Nearest(argv[1], names);
-    std::string text = fmt::format("unknown command {}", argv[1]);
-    text += near.empty() ? "." : fmt::format(". Did you mean {}?", near);
-    return text + fmt::format(" The commands are {}", fmt::join(names, ", "));
+  // What is wrong with the command line, and what may have been meant.
+  Error Misspelt(const CLI::ParseError& e) const {
+    const CLI::App* command = &app_;
+    while (!command->get_subcommands().empty()) command = command->get_subcommands().front();
+    std::string text = e.what();
+    std::vector<std::string> commands, names;
+    for (const CLI::App* sub : command->get_subcommands({})) commands.push_back(sub->get_name());
+    for (const CLI::Option* option : command->get_options())
+      for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+    names.insert(names.end(), commands.begin(), commands.end());
+    if (const std::vector<std::string> words = command->remaining(); !words.empty()) {
+      const std::string near = Nearest(words[0].substr(0, words[0].find('=')), names);
+      const bool word = !commands.empty() && !words[0].starts_with("-");
+      text = word ? "unknown command " + words[0] : words[0] + " is not expected here";
+      if (!near.empty()) text += fmt::format(". Did you mean {}?", near);
+      if (word) text += fmt::format("\nThe commands are {}", fmt::join(commands, ", "));
+    }
+    while (text.ends_with('\n')) text.pop_back();
+    return Error(ErrorKind::kConfig, "command line",
+                 fmt::format("{}\n{} --help says what there is", text, Path(*command)), __FILE__,
+                 __LINE__);
+  }
+  // "shoal data build"
+  static std::string Path(const CLI::App& command) {
+    const CLI::App* parent = command.get_parent();
+    return parent == nullptr ? "shoal" : Path(*parent) + " " + command.get_name();
+  }
+
+  // With --json, what train and resume print on standard output.
+  int ExitCode(int code) const {
+    if (json_ && DetectLauncher().rank == 0)
+      std::cout << fmt::format("{{\"exit_code\": {}}}\n", code);
+    return code;
   }
 
   CLI::App* Command(const char* name, const char* what, std::function<int()> run) {
@@ -106,8 +129,7 @@ class Program {
   void AddTrain() {
     CLI::App* c = Command("train", "start a run", [this] {
       const int code = TrainCommand(SplitArguments(words_), ranks_);
-      if (json_) std::cout << "{\"exit_code\": " << code << "}\n";
-      return code;
+      return ExitCode(code);
     });
     AddConfig(c);
     AddRanks(c);
@@ -116,8 +138,7 @@ class Program {
   void AddResume() {
     CLI::App* c = Command("resume", "go on with a run after its newest save", [this] {
       const int code = ResumeCommand(path_, ranks_);
-      if (json_) std::cout << "{\"exit_code\": " << code << "}\n";
-      return code;
+      return ExitCode(code);
     });
     c->add_option("run", path_, "run directory")->required();
     AddRanks(c);

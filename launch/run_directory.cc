@@ -212,6 +212,15 @@ std::string RunDirectory::log_path(int rank) const {
   return fmt::format("{}/log/rank-{}.log", path_, rank);
 }
 
+void RunDirectory::Remove() {
+  // Out of its name first: what is half deleted must not look like a run.
+  std::error_code error;
+  std::string doomed = Normal(path_).string() + std::string(kPartial) + "XXXXXX";
+  if (mkdtemp(doomed.data()) == nullptr) return;
+  fs::rename(Normal(path_), doomed, error);
+  fs::remove_all(doomed, error);
+}
+
 RunDirectory::RunDirectory(RunDirectory&& other) noexcept
     : path_(std::move(other.path_)), lock_(std::exchange(other.lock_, -1)) {}
 

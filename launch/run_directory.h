@@ -21,6 +21,9 @@ class RunDirectory {
   // The other ranks and readers; takes no lock.
   static RunDirectory Attach(const std::string& path);
 
+  // Deletes it with all that is in it: of a run that has not begun.
+  void Remove();
+
   ~RunDirectory();
   RunDirectory(RunDirectory&& other) noexcept;
   RunDirectory& operator=(RunDirectory&&) = delete;

@@ -14,6 +14,8 @@ void OnStop(int) { stop.store(true); }
 void OnSave(int) { save.store(true); }
 }  // namespace
 
+void ReportFileLimits() { signal(SIGXFSZ, SIG_IGN); }
+
 void InstallSignalHandlers() {
   struct sigaction action = {};
   sigemptyset(&action.sa_mask);

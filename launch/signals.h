@@ -4,6 +4,9 @@
 
 namespace shoal {
 
+// A write beyond the limit on a file's size fails like one on a full disk, instead of ending us.
+void ReportFileLimits();
+
 // SIGUSR1 and SIGTERM: save and stop. SIGUSR2: save and go on.
 void InstallSignalHandlers();
 bool StopRequested();      // stays true

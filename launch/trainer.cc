@@ -24,26 +24,41 @@ double Since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// Every rank must have been started with the same configuration.
-void CheckSameConfig(const Config& config, Communicator& communicator) {
-  const std::string mine = WriteConfig(config);
-  const std::vector<std::string> all = communicator.AllGatherStrings(mine);
+// Every rank must have been started with the same configuration, and find the same corpus.
+void CheckSame(const Config& config, const std::string& fingerprint, Communicator& communicator) {
+  const std::vector<std::string> corpora = communicator.AllGatherStrings(fingerprint);
+  const std::vector<std::string> all = communicator.AllGatherStrings(WriteConfig(config));
   for (size_t r = 1; r < all.size(); ++r) {
     if (all[r] == all[0]) continue;
-    // The first line that differs says which key.
-    size_t begin = 0;
+    // The first line that differs says which key: each has its own.
     const auto [a, b] = std::mismatch(all[0].begin(), all[0].end(), all[r].begin(), all[r].end());
-    begin = all[0].rfind('\n', static_cast<size_t>(a - all[0].begin()));
-    begin = begin == std::string::npos ? 0 : begin + 1;
-    const auto line = [](const std::string& text, size_t at) {
-      return text.substr(at, text.find('\n', at) - at);
+    const size_t begin = all[0].rfind('\n', static_cast<size_t>(a - all[0].begin())) + 1;
+    const auto line = [begin](const std::string& text) {
+      std::string found = text.substr(begin, text.find('\n', begin) - begin);
+      found.resize(std::min(found.size(), found.rfind(" # ")));  // the key's help
+      found.erase(found.find_last_not_of(' ') + 1);
+      return found;
     };
+    const size_t section = all[0].rfind("\n[", begin) + 1;
     SHOAL_FAIL(ErrorKind::kConfig, "config",
-               "rank {} was started with another configuration than rank 0: \"{}\" instead of "
-               "\"{}\". Start all "
-               "ranks with one command line",
-               r, line(all[r], begin), line(all[0], begin));
+               "rank {} was started with another configuration than rank 0: {} {} instead of {}. "
+               "Start all ranks with one command line",
+               r, all[0].substr(section, all[0].find('\n', section) - section), line(all[r]),
+               line(all[0]));
   }
+  for (size_t r = 1; r < all.size(); ++r) {
+    if (corpora[r] == corpora[0]) continue;
+    SHOAL_FAIL(ErrorKind::kData, "data",
+               "rank {} finds another corpus at {} than rank 0. Copy the same files to every host",
+               r, config.data.path);
+  }
+}
+
+[[noreturn]] void Diverged(const std::string& what) {
+  SHOAL_FAIL(ErrorKind::kConfig, "train",
+             "{}: the run has diverged and was not saved. Lower optim.lr, warm up longer, or set "
+             "optim.clip",
+             what);
 }
 
 class Run {
@@ -60,7 +75,8 @@ class Run {
       data_ = OpenData(&config_);
       options_ = MakeTrainingOptions(config_, plan_);
     });
-    CheckSameConfig(config_, communicator_);
+    // All ranks see all answers, so all find the same; told once.
+    Agree(communicator_, [&] { CheckSame(config_, data_.fingerprint, communicator_); });
   }
 
   void BuildFresh() {
@@ -68,7 +84,8 @@ class Run {
     Agree(communicator_, [&] { LoadWeights(config_, step_->model()); });
   }
 
-  // Rank 0 makes the directory; the others use it once it is there.
+  // Rank 0 makes the directory; the others use it once it is there. One in which no rank could
+  // begin is taken away again.
   void CreateDirectory() {
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
@@ -77,45 +94,51 @@ class Run {
       directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan),
                                               SaveBytes(step_->State())));
     });
-    Agree(communicator_, [&] {
-      if (communicator_.rank() != 0) directory_.emplace(RunDirectory::Attach(config_.run.dir));
-    });
+    try {
+      Agree(communicator_, [&] {
+        if (communicator_.rank() != 0) directory_.emplace(RunDirectory::Attach(config_.run.dir));
+      });
+      OpenFiles();
+    } catch (const Error&) {
+      if (communicator_.rank() == 0) directory_->Remove();
+      throw;
+    }
   }
 
-  // True if the run is already finished.
-  bool OpenAndLoad(const std::string& run) {
-    std::string save;
+  // The save that a run goes on from. False if it is the last: the run is finished.
+  bool FindLastSave(const std::string& run) {
     Agree(communicator_, [&] {
       directory_.emplace(communicator_.rank() == 0 ? RunDirectory::Open(run)
                                                    : RunDirectory::Attach(run));
       if (communicator_.rank() == 0) {
-        save = FindSave(
+        last_save_ = FindSave(
             run, [&](const std::string& what) { console_.Warn(what + "; trying an older save"); });
       }
     });
-    save = communicator_.AllGatherStrings(save)[0];
-    SaveInfo info;
+    last_save_ = communicator_.AllGatherStrings(last_save_)[0];
+    Agree(communicator_, [&] { save_ = ReadSaveInfo(last_save_); });
+    done_ = save_.step;
+    tokens_ = save_.tokens;
+    return done_ < config_.run.steps;
+  }
+
+  void LoadLastSave() {
     Agree(communicator_, [&] {
-      info = ReadSaveInfo(save);
-      if (info.data_fingerprint != data_.fingerprint) {
+      if (save_.data_fingerprint != data_.fingerprint) {
         SHOAL_FAIL(ErrorKind::kData, "resume",
                    "{} is not the corpus that the run was trained on: it has changed since. "
                    "Restore it, or start a "
                    "new run with model.from = \"{}\"",
-                   config_.data.path, save);
+                   config_.data.path, last_save_);
       }
     });
-    done_ = info.step;
-    tokens_ = info.tokens;
-    last_save_ = save;
-    if (done_ >= config_.run.steps) return true;
     step_.emplace(options_, communicator_);
     Agree(communicator_, [&] {
-      LoadState(save, step_->State());
-      step_->optimizer().set_step(info.step);
-      if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), info.step);
+      LoadState(last_save_, step_->State());
+      step_->optimizer().set_step(save_.step);
+      if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), save_.step);
     });
-    return false;
+    OpenFiles();
   }
 
   int Loop();
@@ -125,6 +148,7 @@ class Run {
   Console& console() { return console_; }
 
  private:
+  void OpenFiles();
   void Step(int64_t step);
   void Save();
   std::optional<double> Validate(int64_t step);
@@ -143,21 +167,26 @@ class Run {
   KernelProfile profile_;
   int64_t done_ = 0, tokens_ = 0;
   std::string last_save_;
+  SaveInfo save_;  // that a resumed run begins with
 };
+
+void Run::OpenFiles() {
+  Agree(communicator_, [&] {
+    console_.OpenLog(directory_->log_path(communicator_.rank()));
+    if (communicator_.rank() != 0) return;
+    metrics_.emplace(directory_->metrics_path());
+    tensorboard_.emplace(directory_->path());
+  });
+  // From here on a failure leaves a run behind that its message can name.
+  console_.SetRun(directory_->path());
+  if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
+  console_.SetLastSave(last_save_);
+}
 
 int Run::Loop() {
   schedule_ = {config_.optim.schedule,        config_.optim.lr,
                config_.optim.min_lr_fraction, config_.optim.decay_fraction,
                config_.optim.warmup_steps,    config_.run.steps};
-  Agree(communicator_, [&] {
-    console_.OpenLog(directory_->log_path(communicator_.rank()));
-    console_.SetRun(directory_->path());
-    if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
-    console_.SetLastSave(last_save_);
-    if (communicator_.rank() != 0) return;
-    metrics_.emplace(directory_->metrics_path());
-    tensorboard_.emplace(directory_->path());
-  });
   ExecutionContext::Current().set_profile(&profile_);
   communicator_.set_profile(&profile_);
   const auto begin = Clock::now();
@@ -228,12 +257,12 @@ void Run::Step(int64_t step) {
   console_.Step(m, config_.run.steps, config_.run.log_every);
   if (!finite) console_.EndProgress();
   Agree(communicator_, [&] {
-    if (finite) return;
-    SHOAL_FAIL(ErrorKind::kConfig, "train",
-               "the loss or the gradient's norm is not finite at step {} (loss {}, norm {}): the "
-               "run has diverged and "
-               "was not saved. Lower optim.lr, warm up longer, or set optim.clip",
-               step, m.loss, m.grad_norm);
+    if (!finite) {
+      Diverged(
+          fmt::format("the loss or the gradient's norm is not finite at step {} (loss {}, "
+                      "norm {})",
+                      step, m.loss, m.grad_norm));
+    }
   });
   done_ = step;
 }
@@ -254,6 +283,9 @@ std::optional<double> Run::Validate(int64_t step) {
 void Run::Save() {
   Agree(communicator_, [&] {
     if (communicator_.rank() != 0) return;
+    // A loss shows it only one step after the weights.
+    if (!step_->AllFinite())
+      Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
     const std::string directory = directory_->checkpoints_path();
     if (metrics_) metrics_->Sync();
     last_save_ = SaveState(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint},
@@ -279,12 +311,13 @@ int Resume(const std::string& path, Communicator& communicator) {
   Agree(communicator, [&] { config = LoadConfig(RunDirectory::Attach(path).config_path()); });
   config.run.dir = path;
   Run run(std::move(config), communicator);
-  run.Prepare();
-  if (run.OpenAndLoad(path)) {
+  if (!run.FindLastSave(path)) {
     run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path,
                                    run.done(), run.last_save()));
     return 0;
   }
+  run.Prepare();
+  run.LoadLastSave();
   return run.Loop();
 }
 

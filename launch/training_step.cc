@@ -1,6 +1,9 @@
 #include "launch/training_step.h"
 
+#include <cmath>
+
 #include "core/init.h"
+#include "kernels/reduce.h"
 
 namespace shoal {
 
@@ -59,6 +62,16 @@ StateDict TrainingStep::State() {
                      s.parameter->global_shape(), s.parameter->offset()});
   }
   return state;
+}
+
+bool TrainingStep::AllFinite() {
+  const Tensor squares = Tensor::Empty({1}, DType::kF64, MemoryClass::kWorkspace);
+  for (const StateEntry& entry : State()) {
+    // In f64, so that no finite f32 overflows.
+    kernels::SumSquares(ExecutionContext::Current().stream(), squares.view(), entry.tensor.view());
+    if (!std::isfinite(squares.Item())) return false;
+  }
+  return true;
 }
 
 }  // namespace shoal

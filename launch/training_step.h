@@ -42,6 +42,8 @@ class TrainingStep {
   Optimizer& optimizer() { return *optimizer_; }
   // Parameters, and what the optimizer keeps of them.
   StateDict State();
+  // Whether no value of State() is infinite or NaN.
+  bool AllFinite();
 
  private:
   Tensor Loss(const Batch& batch, double normalizer, bool training);

@@ -165,10 +165,14 @@ TEST_F(Store, AFullDiskLosesNothing) {
   rlimit old_limit;
   getrlimit(RLIMIT_FSIZE, &old_limit);
   rlimit limit = old_limit;
-  limit.rlim_cur = 100000;
+  limit.rlim_cur = 100000;  // seen before
+  setrlimit(RLIMIT_FSIZE, &limit);
+  const std::string refused = ErrorOf([&] { SaveState(directory_, {2, 0, "", ""}, large); });
+  limit.rlim_cur = static_cast<rlim_t>(SaveBytes(large));  // met only at the end
   setrlimit(RLIMIT_FSIZE, &limit);
   const std::string message = ErrorOf([&] { SaveState(directory_, {2, 0, "", ""}, large); });
   setrlimit(RLIMIT_FSIZE, &old_limit);
+  EXPECT_NE(refused.find("ulimit -f"), std::string::npos) << refused;
   EXPECT_NE(message.find("step-00000002"), std::string::npos) << message;
   EXPECT_EQ(ListSaves(directory_).size(), 1u);
   EXPECT_EQ(std::distance(fs::directory_iterator(directory_), fs::directory_iterator()), 1);
