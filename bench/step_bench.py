@@ -27,8 +27,8 @@ WORKLOADS = {
     "gpt2-124m-1024-bf16": ("gpt2-124m", 4, 1024, "bf16", 2),
 }
 
-# Large blocks come from the heap and stay there: without it every step pays for fresh pages, a tenth
-# to a third of PyTorch's time. It is given each of these, and its best arm counts.
+# glibc returns large blocks to the system, so PyTorch faults their pages in again at every step: up to
+# a fifth of its time. It is given each of these, and its best arm counts.
 MEMORY = {
     "plain": {},
     "thp": {"THP_MEM_ALLOC_ENABLE": "1"},
