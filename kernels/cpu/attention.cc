@@ -13,8 +13,8 @@ namespace {
 
 bool HasBf16Dot() {
 #ifdef __x86_64__
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
+  static const bool kHas = __builtin_cpu_supports("avx512bf16");
+  return kHas;
 #else
   return false;
 #endif

@@ -156,25 +156,16 @@ HWY_NOINLINE void MultiplyTile(const typename P::Word* HWY_RESTRICT a, int64_t a
   });
 }
 
-template <class P, bool kRows, Into kInto>
+// The same for a width of `vectors`, at most NV.
+template <class P, bool kRows, Into kInto, int64_t NV = kTileVectors>
 HWY_INLINE void Multiply(int64_t vectors, const typename P::Word* a, int64_t a_step,
                          const typename P::Word* b, int64_t b_step, int64_t k, typename P::Acc* c,
                          int64_t c_step, typename P::Acc scale = 1,
                          const typename P::Acc* rows = nullptr) {
-  switch (vectors) {
-    case 1:
-      return MultiplyTile<P, 1, kRows, kInto>(a, a_step, b, b_step, k, c, c_step, scale, rows);
-    case 2:
-      return MultiplyTile<P, 2, kRows, kInto>(a, a_step, b, b_step, k, c, c_step, scale, rows);
-    case 3:
-      if constexpr (kTileVectors > 2)
-        return MultiplyTile<P, 3, kRows, kInto>(a, a_step, b, b_step, k, c, c_step, scale, rows);
-      break;
-    case 4:
-      if constexpr (kTileVectors > 2)
-        return MultiplyTile<P, 4, kRows, kInto>(a, a_step, b, b_step, k, c, c_step, scale, rows);
-      break;
-  }
+  if (vectors == NV)
+    return MultiplyTile<P, NV, kRows, kInto>(a, a_step, b, b_step, k, c, c_step, scale, rows);
+  if constexpr (NV > 1)
+    Multiply<P, kRows, kInto, NV - 1>(vectors, a, a_step, b, b_step, k, c, c_step, scale, rows);
 }
 
 // Calls f(begin, end) on `vectors` cut into even pieces that a register tile can hold.
