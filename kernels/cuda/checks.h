@@ -12,7 +12,7 @@ inline void CheckDense(const char* op, const char* name, const View& v, const Di
 
 inline void CheckComputeDType(const char* op, const char* name, const View& v) {
   SHOAL_CHECK(v.dtype == DType::kF64 || v.dtype == DType::kF32 || v.dtype == DType::kBF16, op,
-              "{} is {}, not f64, f32 or bf16", name, Name(v.dtype));
+              "{}: computes in f64, f32 or bf16, not {}", name, Name(v.dtype));
 }
 
 // Strided, but with unit steps inside the last dimension.

@@ -154,8 +154,7 @@ void VisitBits(int size, F&& f) {
 
 void Copy(const Stream& stream, const View& out, const View& x) {
   const char* op = "Copy";
-  SHOAL_CHECK(out.shape == x.shape, op, "out is {}, x is {}", out.shape.ToString(),
-              x.shape.ToString());
+  CheckShape(op, "x", x, out.shape);
   StridedPlan plan = PlanStrided(out, x);
   if (plan.count == 0) return;
   if (out.dtype == x.dtype) {

@@ -30,7 +30,8 @@ inline cudaStream_t Handle(const Stream& stream) {
   return static_cast<cudaStream_t>(stream.handle);
 }
 
-inline constexpr size_t kStaticSharedLimit = 48 << 10;  // more has to be asked for
+// More than 48 KiB of shared memory, a kernel's static part included, has to be asked for.
+inline constexpr size_t kFreeSharedBytes = 32 << 10;
 
 // Queues kernel<<<grid, threads, shared>>>(arguments...) on the stream and its device. An empty
 // grid is no work.
@@ -39,7 +40,7 @@ void Launch(const Stream& stream, const char* op, void (*kernel)(Parameters...),
             int threads, size_t shared, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   SHOAL_CUDA_CHECK(cudaSetDevice(stream.device.index), op);
-  if (shared > kStaticSharedLimit) {
+  if (shared > kFreeSharedBytes) {
     SHOAL_CUDA_CHECK(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),

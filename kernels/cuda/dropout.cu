@@ -46,7 +46,7 @@ void Dropout(const Stream& stream, const View& out, const View& x, const View& t
   CheckDense(op, "x", x, x.shape);
   CheckArray(op, "out", out, x.shape, x.dtype);
   CheckArray(op, "tokens", tokens, {x.dim(0)}, DType::kI64);
-  SHOAL_CHECK(p >= 0 && p <= 1, op, "p is {}, not in [0, 1]", p);
+  SHOAL_CHECK(p >= 0 && p < 1, op, "p is {}, not in [0, 1)", p);
   const int64_t rows = x.dim(0), columns = x.dim(1);
   if (x.numel() == 0) return;
   VisitFloat(x.dtype, op, [&](auto tag) {
@@ -55,8 +55,8 @@ void Dropout(const Stream& stream, const View& out, const View& x, const View& t
     const int64_t chunks = CeilDiv(columns, N);
     Launch(stream, op, DropoutKernel<T>, GridSize(op, CeilDiv(rows * chunks, kThreads)), kThreads,
            0, out.as<T>(), x.as<T>(), tokens.as<int64_t>(), rows, columns, chunks,
-           static_cast<uint32_t>(std::ceil(p * 0x1p24)), Accumulator<T>(p < 1 ? 1 / (1 - p) : 0),
-           key, columns % N == 0 && AllAligned16(out.data, x.data));
+           static_cast<uint32_t>(std::ceil(p * 0x1p24)), Accumulator<T>(1 / (1 - p)), key,
+           columns % N == 0 && AllAligned16(out.data, x.data));
   });
 }
 

@@ -54,7 +54,7 @@ void Map(const Stream& stream, const char* op, const View (&out)[kOut], const Vi
     CheckArray(op, "an input", view, shape, dtype);
     vector = vector && IsAligned16(view.data);
   }
-  VisitFloat(dtype, op, [&](auto tag) {
+  VisitFloat(dtype, "elementwise", [&](auto tag) {
     using T = typename decltype(tag)::type;
     auto f = make_f(TypeTag<Accumulator<T>>{});
     Pointers<T, kOut> out_pointers;

@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 template <class T>
 __global__ void EmbeddingKernel(T* out, const T* table, const int32_t* ids, int64_t rows,
                                 int64_t columns, int64_t vocabulary, int64_t chunks, bool vector,
-                                FaultRecord* faults) {
+                                const char* op, FaultRecord* faults) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   int64_t chunk;
@@ -25,7 +25,7 @@ __global__ void EmbeddingKernel(T* out, const T* table, const int32_t* ids, int6
   if (id >= 0 && id < vocabulary) {
     LoadChunk(v, table + id * columns + d, columns - d, vector);
   } else {
-    if (chunk == 0) ReportFault(faults, FaultRecord::kTokenId, row, id, vocabulary);
+    if (chunk == 0) ReportFault(faults, op, false, row, id, vocabulary);
 #pragma unroll
     for (int e = 0; e < N; ++e) v[e] = NotANumber<A>();
   }
@@ -55,7 +55,7 @@ struct SortPass {
 };
 
 // counts [kDigits, shares]: how often a digit occurs in a share.
-__global__ void CountKernel(int32_t* counts, SortPass pass, FaultRecord* faults) {
+__global__ void CountKernel(int32_t* counts, SortPass pass, const char* op, FaultRecord* faults) {
   __shared__ int32_t count[kDigits];
   for (int d = threadIdx.x; d < kDigits; d += 32) count[d] = 0;
   __syncwarp();
@@ -63,7 +63,7 @@ __global__ void CountKernel(int32_t* counts, SortPass pass, FaultRecord* faults)
   for (int64_t i = begin + threadIdx.x; i < begin + kShare && i < pass.rows; i += 32) {
     const int32_t key = pass.Key(i);
     if (pass.ids && key == pass.vocabulary)
-      ReportFault(faults, FaultRecord::kTokenId, i, pass.ids[i], pass.vocabulary);
+      ReportFault(faults, op, false, i, pass.ids[i], pass.vocabulary);
     atomicAdd(&count[pass.Digit(key)], 1);
   }
   __syncwarp();
@@ -74,7 +74,7 @@ __global__ void CountKernel(int32_t* counts, SortPass pass, FaultRecord* faults)
 constexpr int kScanThreads = 1024;
 
 // Replaces each of n counts by the sum of those before it.
-__global__ void ScanKernel(int32_t* counts, int64_t n) {
+__global__ void __launch_bounds__(kScanThreads) ScanKernel(int32_t* counts, int64_t n) {
   __shared__ int32_t sums[kScanThreads];
   const int64_t share = CeilDiv(n, kScanThreads);
   const int64_t begin = threadIdx.x * share, end = begin + share < n ? begin + share : n;
@@ -123,12 +123,13 @@ __global__ void PlaceKernel(int32_t* keys, int32_t* order, const int32_t* positi
 }
 
 // The first of all sorted positions of an id adds them up. A thread owns kColumns columns.
-constexpr int kColumns = 2;
+constexpr int kColumns = 2, kAddThreads = 512;
 
 template <class T>
-__global__ void AddRowsKernel(AnyPointer dtable, bool accumulate, const T* dout,
-                              const int32_t* keys, const int32_t* order, int64_t rows,
-                              int64_t columns, int64_t vocabulary, bool vector) {
+__global__ void __launch_bounds__(kAddThreads)
+    AddRowsKernel(AnyPointer dtable, bool accumulate, const T* dout, const int32_t* keys,
+                  const int32_t* order, int64_t rows, int64_t columns, int64_t vocabulary,
+                  bool vector) {
   using A = Accumulator<T>;
   const int64_t first = blockIdx.x;
   const int32_t id = keys[first];
@@ -165,14 +166,14 @@ void Embedding(const Stream& stream, const View& out, const View& table, const V
   const int64_t rows = ids.dim(0), columns = table.dim(1);
   CheckDense(op, "table", table, table.shape);
   CheckArray(op, "ids", ids, ids.shape, DType::kI32);
-  CheckArray(op, "out", out, {rows, columns}, table.dtype);
+  CheckArray(op, "the rows", out, {rows, columns}, table.dtype);
   if (out.numel() == 0) return;
   VisitFloat(out.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t chunks = CeilDiv(columns, kChunk<T>);
     Launch(stream, op, EmbeddingKernel<T>, GridSize(op, CeilDiv(rows * chunks, kThreads)), kThreads,
            0, out.as<T>(), table.as<T>(), ids.as<int32_t>(), rows, columns, table.dim(0), chunks,
-           columns % kChunk<T> == 0 && AllAligned16(out.data, table.data),
+           columns % kChunk<T> == 0 && AllAligned16(out.data, table.data), op,
            StateOf(stream.device.index).faults());
   });
 }
@@ -200,7 +201,7 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
   int target = 0;
   do {
     const dim3 grid(GridSize(op, shares));
-    Launch(stream, op, CountKernel, grid, 32, 0, counts.as<int32_t>(), pass,
+    Launch(stream, op, CountKernel, grid, 32, 0, counts.as<int32_t>(), pass, op,
            StateOf(stream.device.index).faults());
     Launch(stream, op, ScanKernel, dim3(1), kScanThreads, 0, counts.as<int32_t>(),
            kDigits * shares);
@@ -215,9 +216,10 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
 
   VisitFloat(dout.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Launch(stream, op, AddRowsKernel<T>, GridSize(op, rows), RowThreads(columns, kColumns, 512), 0,
-           AnyPointer(dtable), accumulate, dout.as<T>(), pass.keys, pass.order, rows, columns,
-           vocabulary, columns % kColumns == 0 && AllAligned16(dtable.data, dout.data));
+    Launch(stream, op, AddRowsKernel<T>, GridSize(op, rows),
+           RowThreads(columns, kColumns, kAddThreads), 0, AnyPointer(dtable), accumulate,
+           dout.as<T>(), pass.keys, pass.order, rows, columns, vocabulary,
+           columns % kColumns == 0 && AllAligned16(dtable.data, dout.data));
   });
 }
 

@@ -6,10 +6,11 @@
 
 namespace shoal::kernels::cuda {
 
-__device__ __forceinline__ void ReportFault(FaultRecord* record, FaultRecord::Kind kind,
+__device__ __forceinline__ void ReportFault(FaultRecord* record, const char* op, bool is_label,
                                             int64_t row, int64_t value, int64_t limit) {
   if (atomicCAS(&record->claimed, 0, 1) != 0) return;
-  record->kind = kind;
+  record->op = op;
+  record->is_label = is_label;
   record->row = row;
   record->value = value;
   record->limit = limit;

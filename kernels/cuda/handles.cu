@@ -44,18 +44,20 @@ DeviceState::~DeviceState() {
 void DeviceState::ThrowFault() {
   std::unique_lock lock(StatesMutex());
   if (!faults_->ready) return;
-  const FaultRecord fault = {faults_->claimed, 1, faults_->kind, faults_->row, faults_->value,
-                             faults_->limit};
+  const char* op = faults_->op;
+  const bool is_label = faults_->is_label;
+  const int64_t row = faults_->row, value = faults_->value, limit = faults_->limit;
   faults_->ready = 0;
   std::atomic_thread_fence(std::memory_order_seq_cst);  // the next claim starts from ready = 0
   faults_->claimed = 0;
   lock.unlock();
-  if (fault.kind == FaultRecord::kLabel)
-    SHOAL_FAIL(ErrorKind::kData, "linear cross-entropy",
-               "label {} of row {} is not below the vocabulary's size {}", fault.value, fault.row,
-               fault.limit);
-  SHOAL_FAIL(ErrorKind::kData, "embedding", "token id {} of row {} is outside the vocabulary of {}",
-             fault.value, fault.row, fault.limit);
+  if (is_label)
+    SHOAL_FAIL(ErrorKind::kData, op,
+               "row {} has label {}, but the vocabulary has {} entries: the data was made with "
+               "another tokenizer, or the model's vocab is too small",
+               row, value, limit);
+  SHOAL_FAIL(ErrorKind::kData, op, "token {} has id {}, but the vocabulary is [0, {})", row, value,
+             limit);
 }
 
 DeviceState& StateOf(int device) {

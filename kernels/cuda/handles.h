@@ -11,10 +11,10 @@ namespace shoal::kernels::cuda {
 // first thread to find one claims the record; the next Synchronize on the device reads it, clears
 // it and throws. Until then later faults are dropped: one is enough to stop.
 struct FaultRecord {
-  enum Kind : int { kTokenId, kLabel };
   int claimed = 0;
   volatile int ready = 0;
-  int kind = 0;
+  const char* op = nullptr;  // of the host
+  bool is_label = false;     // else a token id
   int64_t row = 0, value = 0, limit = 0;
 };
 

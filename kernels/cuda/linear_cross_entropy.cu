@@ -17,10 +17,10 @@ constexpr int kThreads = 512;
 // into scale (softmax - onehot(label)) in T, which may be narrower: element j of the gradient then
 // lies over the logits 2 j' = j, all read by the time that the tile of j has been read.
 template <class T>
-__global__ void CrossEntropyKernel(Accumulator<T>* losses, Accumulator<T>* logits,
-                                   const int32_t* labels, int64_t first_row, int64_t vocabulary,
-                                   Accumulator<T> scale, bool gradient, bool vector,
-                                   FaultRecord* faults) {
+__global__ void __launch_bounds__(kThreads)
+    CrossEntropyKernel(Accumulator<T>* losses, Accumulator<T>* logits, const int32_t* labels,
+                       int64_t first_row, int64_t vocabulary, Accumulator<T> scale, bool gradient,
+                       bool vector, const char* op, FaultRecord* faults) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<A>;
   constexpr int64_t kStep = kThreads * N;
@@ -30,8 +30,7 @@ __global__ void CrossEntropyKernel(Accumulator<T>* losses, Accumulator<T>* logit
   if (label < 0 || label >= vocabulary) {  // the same for the whole block
     if (threadIdx.x == 0) {
       losses[blockIdx.x] = label < 0 ? A(0) : NotANumber<A>();
-      if (label >= 0)
-        ReportFault(faults, FaultRecord::kLabel, first_row + blockIdx.x, label, vocabulary);
+      if (label >= 0) ReportFault(faults, op, true, first_row + blockIdx.x, label, vocabulary);
     }
     if (!gradient) return;
     const A zero[N] = {};
@@ -82,8 +81,9 @@ __global__ void CrossEntropyKernel(Accumulator<T>* losses, Accumulator<T>* logit
 // out = x with zeros in ignored rows: the product for dw multiplies each row by its gradient, which
 // is 0 there, and 0 times an infinity would not be.
 template <class T>
-__global__ void KeepLabelledKernel(T* out, const T* x, const int32_t* labels, int64_t rows,
-                                   int64_t columns, int64_t chunks, bool vector) {
+__global__ void __launch_bounds__(kThreads)
+    KeepLabelledKernel(T* out, const T* x, const int32_t* labels, int64_t rows, int64_t columns,
+                       int64_t chunks, bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   int64_t chunk;
@@ -101,7 +101,7 @@ __global__ void KeepLabelledKernel(T* out, const T* x, const int32_t* labels, in
 void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx, const View& dw,
                         bool accumulate_dw, const View& x, const View& w, const View& labels,
                         const LinearCrossEntropyOptions& options) {
-  const char* op = "LinearCrossEntropy";
+  const char* op = "linear_cross_entropy";
   CheckRank(op, "x", x, 2);
   CheckRank(op, "w", w, 2);
   const int64_t tokens = x.dim(0), width = x.dim(1), vocabulary = w.dim(0);
@@ -153,7 +153,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
       using A = Accumulator<T>;
       Launch(stream, op, CrossEntropyKernel<T>, GridSize(op, rows), kThreads, 0,
              losses.as<A>() + first, logits.as<A>(), labels.as<int32_t>() + first, first,
-             vocabulary, A(options.gradient_scale), gradient, vocabulary % kChunk<A> == 0,
+             vocabulary, A(options.gradient_scale), gradient, vocabulary % kChunk<A> == 0, op,
              StateOf(stream.device.index).faults());
     });
     // The gradient of the logits lies where the logits lay, row by row.

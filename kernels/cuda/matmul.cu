@@ -111,8 +111,8 @@ bool LibraryMatmul(const Stream& stream, const char* op, const View& d, const Vi
     gemm->bias = view.data;
   }
   if (RunCublasLt(stream, op, *gemm)) return true;
-  // f64 products have no bias epilogue; two steps lose nothing there.
-  if (!bias || d.dtype != DType::kF64 || !d.contiguous()) return false;
+  // Not every product has a bias epilogue, none in f64.
+  if (!bias || !d.contiguous()) return false;
   gemm->bias = nullptr;
   if (!RunCublasLt(stream, op, *gemm)) return false;
   const View rows(d.data, d.dtype, {d.numel() / n, n}, d.device);
@@ -124,7 +124,7 @@ bool LibraryMatmul(const Stream& stream, const char* op, const View& d, const Vi
 
 void Matmul(const Stream& stream, const View& d, const View& a, const View& b, const View& bias,
             double beta) {
-  const char* op = "Matmul";
+  const char* op = "matmul";
   SHOAL_CHECK((d.rank() == 2 || d.rank() == 3) && a.rank() == d.rank() && b.rank() == d.rank(), op,
               "d {}, a {} and b {} are not all of two or all of three dimensions",
               d.shape.ToString(), a.shape.ToString(), b.shape.ToString());

@@ -16,9 +16,9 @@ constexpr size_t kMostPartialShared = 96 << 10;
 
 // One block per row. kLayer: LayerNorm, else RMSNorm (mean and bias are null).
 template <class T, bool kLayer>
-__global__ void NormKernel(T* out, Accumulator<T>* mean, Accumulator<T>* rstd, const T* x,
-                           const T* weight, const T* bias, int64_t columns, Accumulator<T> eps,
-                           bool vector) {
+__global__ void __launch_bounds__(kMostThreads)
+    NormKernel(T* out, Accumulator<T>* mean, Accumulator<T>* rstd, const T* x, const T* weight,
+               const T* bias, int64_t columns, Accumulator<T> eps, bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   const int64_t row = blockIdx.x, begin = static_cast<int64_t>(threadIdx.x) * N;
@@ -61,10 +61,10 @@ __global__ void NormKernel(T* out, Accumulator<T>* mean, Accumulator<T>* rstd, c
 // collide, or, where the row is too long for that, in place. Block b's share ends in row b of
 // `partial` ([blocks, D], dbias [blocks, D] behind it).
 template <class T, bool kLayer>
-__global__ void NormBackwardKernel(T* dx, bool accumulate_dx, Accumulator<T>* partial, const T* dy,
-                                   const T* x, const T* weight, const Accumulator<T>* mean,
-                                   const Accumulator<T>* rstd, int64_t rows, int64_t columns,
-                                   bool vector, bool in_shared) {
+__global__ void __launch_bounds__(kMostThreads)
+    NormBackwardKernel(T* dx, bool accumulate_dx, Accumulator<T>* partial, const T* dy, const T* x,
+                       const T* weight, const Accumulator<T>* mean, const Accumulator<T>* rstd,
+                       int64_t rows, int64_t columns, bool vector, bool in_shared) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   const int64_t begin = static_cast<int64_t>(threadIdx.x) * N;
@@ -140,6 +140,7 @@ void Forward(const Stream& stream, const char* op, const View& out, const View& 
   const int64_t rows = x.dim(0), columns = x.dim(1);
   const DType statistics = AccumulatorDType(x.dtype);
   CheckDense(op, "x", x, x.shape);
+  SHOAL_CHECK(columns > 0, op, "x has shape {}: its rows are empty", x.shape.ToString());
   CheckArray(op, "out", out, x.shape, x.dtype);
   CheckArray(op, "weight", weight, {columns}, x.dtype);
   CheckArray(op, "rstd", rstd, {rows}, statistics);
@@ -166,6 +167,7 @@ void Backward(const Stream& stream, const char* op, const View& dx, bool accumul
   const int64_t rows = x.dim(0), columns = x.dim(1);
   const DType statistics = AccumulatorDType(x.dtype);
   CheckDense(op, "x", x, x.shape);
+  SHOAL_CHECK(columns > 0, op, "x has shape {}: its rows are empty", x.shape.ToString());
   CheckArray(op, "dx", dx, x.shape, x.dtype);
   CheckArray(op, "dy", dy, x.shape, x.dtype);
   CheckArray(op, "weight", weight, {columns}, x.dtype);

@@ -88,8 +88,13 @@ __global__ void SgdKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* 
 
 void CheckParameter(const char* op, const View& parameter, const View& master,
                     const View& gradient) {
+  CheckRank(op, "parameter", parameter, 1);
   CheckDense(op, "parameter", parameter, parameter.shape);
-  if (master) CheckArray(op, "master", master, parameter.shape, AccumulatorDType(parameter.dtype));
+  const bool needs_master = parameter.dtype == DType::kBF16;
+  SHOAL_CHECK(static_cast<bool>(master) == needs_master || parameter.numel() == 0, op,
+              "a parameter of {} {} a master copy", Name(parameter.dtype),
+              needs_master ? "needs" : "has no use for");
+  if (needs_master) CheckArray(op, "master", master, parameter.shape, DType::kF32);
   CheckDense(op, "gradient", gradient, parameter.shape);
   CheckComputeDType(op, "gradient", gradient);
 }
@@ -103,6 +108,7 @@ void AdamW(const Stream& stream, const View& parameter, const View& master, cons
   CheckParameter(op, parameter, master, gradient);
   CheckArray(op, "m", m, parameter.shape, state);
   CheckArray(op, "v", v, parameter.shape, state);
+  SHOAL_CHECK(options.step >= 1, op, "step is {}, but counts from 1", options.step);
   const int64_t n = parameter.numel();
   const double t = static_cast<double>(options.step);
   VisitFloat(parameter.dtype, op, [&](auto tag) {
@@ -129,8 +135,8 @@ void Sgd(const Stream& stream, const View& parameter, const View& master, const 
          const View& gradient, const SgdOptions& options) {
   const char* op = "Sgd";
   CheckParameter(op, parameter, master, gradient);
-  SHOAL_CHECK(momentum || options.momentum == 0, op, "momentum {} without its buffer",
-              options.momentum);
+  SHOAL_CHECK(momentum || options.momentum == 0 || parameter.numel() == 0, op,
+              "momentum is {} but its buffer is absent", options.momentum);
   if (momentum)
     CheckArray(op, "momentum", momentum, parameter.shape, AccumulatorDType(parameter.dtype));
   const int64_t n = parameter.numel();

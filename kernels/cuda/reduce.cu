@@ -77,8 +77,9 @@ __global__ void SumRowsKernel(Accumulator<T>* partial, const T* x, int64_t rows,
 constexpr int kLanes = 32, kGroups = 16;
 
 template <class A>
-__global__ void SumPartialsKernel(AnyPointer out, const A* partial, int64_t count, int64_t columns,
-                                  bool accumulate) {
+__global__ void __launch_bounds__(kLanes* kGroups)
+    SumPartialsKernel(AnyPointer out, const A* partial, int64_t count, int64_t columns,
+                      bool accumulate) {
   __shared__ A group_sum[kGroups][kLanes];
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kLanes + lane;

@@ -66,13 +66,12 @@ void Rope(const Stream& stream, const View& out, const View& x, const View& posi
           bool inverse) {
   const char* op = "Rope";
   CheckRank(op, "x", x, 4);
-  SHOAL_CHECK(out.shape == x.shape, op, "out is {}, x is {}", out.shape.ToString(),
-              x.shape.ToString());
+  CheckShape(op, "out", out, x.shape);
   CheckDType(op, "out", out, x.dtype);
-  CheckUnitStride(op, "out", out);
-  CheckUnitStride(op, "x", x);
   CheckArray(op, "positions", positions, {x.dim(0), x.dim(1)}, DType::kI32);
-  SHOAL_CHECK(x.dim(3) % 2 == 0, op, "the head dimension {} is odd", x.dim(3));
+  SHOAL_CHECK(x.dim(3) % 2 == 0, op, "head dimension {} is odd", x.dim(3));
+  SHOAL_CHECK(x.dim(3) == 0 || (x.strides[3] == 1 && out.strides[3] == 1), op,
+              "last strides {} of x and {} of out are not 1", x.strides[3], out.strides[3]);
   const int64_t tokens = x.dim(1), heads = x.dim(2), half = x.dim(3) / 2;
   if (x.numel() == 0) return;
   VisitFloat(x.dtype, op, [&](auto tag) {

@@ -23,7 +23,8 @@ __device__ __forceinline__ void ForChunks(const T* row, int64_t columns, bool ve
 
 // One block per row. out may alias x: each thread writes only what it alone reads.
 template <class T>
-__global__ void SoftmaxKernel(T* out, const T* x, int64_t columns, bool vector) {
+__global__ void __launch_bounds__(kMostThreads)
+    SoftmaxKernel(T* out, const T* x, int64_t columns, bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   const T* xr = x + blockIdx.x * columns;
@@ -50,8 +51,8 @@ __global__ void SoftmaxKernel(T* out, const T* x, int64_t columns, bool vector) 
 }
 
 template <class T>
-__global__ void SoftmaxBackwardKernel(T* dx, const T* dy, const T* out, int64_t columns,
-                                      bool vector) {
+__global__ void __launch_bounds__(kMostThreads)
+    SoftmaxBackwardKernel(T* dx, const T* dy, const T* out, int64_t columns, bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   const T* dyr = dy + blockIdx.x * columns;

@@ -1,5 +1,11 @@
 // The product that kernels/cuda/gemm.h hands to cuBLASLt, taken by its word.
+#include "tests/cuda_emulation/emulated_gemm.h"
+
 #include "kernels/cuda/gemm.h"
+
+namespace cuda_emulation {
+Library library = Library::kWhole;
+}
 
 namespace shoal::kernels::cuda {
 namespace {
@@ -18,7 +24,10 @@ int64_t Index(const GemmOperand& operand, int64_t batch, int64_t row, int64_t co
 }  // namespace
 
 bool RunCublasLt(const Stream&, const char* op, const Gemm& g) {
-  if (g.in == DType::kF64 && g.bias) return false;
+  if (cuda_emulation::library == cuda_emulation::Library::kAbsent) return false;
+  const bool epilogue =
+      cuda_emulation::library == cuda_emulation::Library::kWhole && g.in != DType::kF64;
+  if (g.bias && !epilogue) return false;
   if (g.in != g.out && !(g.in == DType::kBF16 && g.out == DType::kF32)) return false;
   for (const void* data :
        {static_cast<const void*>(g.left.data), static_cast<const void*>(g.right.data),

@@ -1,4 +1,5 @@
 // What a kernel refuses: every violation of a contract is an error that names kernel and values.
+// tests/cuda_emulation builds this file too, with SHOAL_TEST_DEVICE.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -6,7 +7,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include "core/base/build_config.h"
 #include "kernels/copy.h"
+#include "kernels/cuda_runtime.h"
 #include "kernels/dropout.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
@@ -22,6 +25,11 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
+#ifndef SHOAL_TEST_DEVICE
+#define SHOAL_TEST_DEVICE kCpu
+#endif
+constexpr DeviceType kDevice = DeviceType::SHOAL_TEST_DEVICE;
+
 class HeapScratch : public ScratchSource {
  public:
   void* AllocateScratch(size_t bytes) override {
@@ -32,7 +40,10 @@ class HeapScratch : public ScratchSource {
 
 class KernelContract : public ::testing::Test {
  protected:
-  KernelContract() { stream_.scratch = &scratch_; }
+  KernelContract() {
+    stream_.device.type = kDevice;
+    stream_.scratch = &scratch_;
+  }
   // Views of one zeroed array that is larger than any of them.
   View F(Dims shape, DType dtype = DType::kF32) { return {data_.data(), dtype, shape}; }
 
@@ -40,6 +51,8 @@ class KernelContract : public ::testing::Test {
   void Refuses(Call call, const char* op, const char* words, ErrorKind kind = ErrorKind::kBug) {
     try {
       call();
+      if constexpr (kHaveCuda && kDevice == DeviceType::kCuda)
+        shoal::cuda::Synchronize(stream_.handle);
       ADD_FAILURE() << op << " accepts what should fail with: " << words;
     } catch (const Error& e) {
       EXPECT_EQ(e.kind(), kind);
