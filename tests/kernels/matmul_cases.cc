@@ -204,6 +204,14 @@ void AddLayers(std::vector<Case>& cases) {
       add("dw_add", Out(DType::kF32, {l.out, l.in}), dyt, x, true);
     }
   }
+  // What the layers are measured against: operands that fit the caches, in the best layout.
+  for (DType t : {DType::kF32, DType::kBF16}) {
+    Case c = MatmulCase(fmt::format("gemm_peak/{}", Name(t)), Out(t, {1024, 512}),
+                        In(t, {1024, 512}), Lay(In(t, {512, 512}), kColumns), Absent(), false);
+    c.benchmark = true;
+    c.test = false;
+    cases.push_back(c);
+  }
   for (DType t : {DType::kF32, DType::kBF16}) {  // 4 x 12 heads of 256 tokens
     Case c = MatmulCase(fmt::format("heads/{}", Name(t)), Out(t, {48, 256, 256}),
                         In(t, {48, 256, 64}), Lay(In(t, {48, 64, 256}), kColumns), Absent(), false);
