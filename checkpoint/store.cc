@@ -90,8 +90,19 @@ DType DTypeFromName(const std::string& path, const std::string& name) {
 // Reads one tensor as stored and holds it against its digest.
 Tensor ReadTensor(const Hdf5File& file, const std::string& path, const std::string& name,
                   const json& entry) {
+  const auto extents = entry.at("shape").get<std::vector<int64_t>>();
+  // No tensor is larger than its file: a damaged shape must not ask for memory, nor for a bug's
+  // exit code.
+  std::error_code error;
+  const auto file_bytes = static_cast<int64_t>(fs::file_size(path, error));
+  bool whole = extents.size() <= Dims::kMaxRank;
+  for (int64_t most = file_bytes; const int64_t extent : extents) {
+    whole = whole && extent >= 0 && extent <= most;
+    if (whole && extent > 0) most /= extent;
+  }
+  if (!whole) Fail(path, fmt::format("tensor {} has an impossible shape in the manifest", name));
   Dims shape;
-  for (int64_t extent : entry.at("shape")) shape.push_back(extent);
+  for (const int64_t extent : extents) shape.push_back(extent);
   const Tensor stored =
       Tensor::Empty(shape, DTypeFromName(path, entry.at("dtype")), MemoryClass::kWorkspace);
   void* data = stored.view().data;

@@ -144,6 +144,28 @@ TEST_F(Store, TruncatedAndMissingFilesAreNamed) {
             std::string::npos);
 }
 
+TEST_F(Store, ADamagedManifestIsAnErrorOfStorage) {
+  const std::string path = Save(1, 1);
+  const fs::path file = fs::path(path) / "manifest.json";
+  std::ifstream in(file);
+  const std::string good((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  const size_t begin = good.find("\"shape\": [") + 9, end = good.find(']', begin) + 1;
+  ASSERT_LT(end, good.size());
+  for (const char* shape : {"[-3, -5]", "[4611686018427387904, 4611686018427387904]", "[1e300]",
+                            "[1,1,1,1,1,1,1,1]", "[1000000000000]", "[\"a\"]", "7", "null", "{}"}) {
+    std::ofstream(file) << good.substr(0, begin) << shape << good.substr(end);
+    EXPECT_NE(ErrorOf([&] { VerifySave(path); }), "") << shape;
+    EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }), "") << shape;
+  }
+  for (const char* text :
+       {"", "[]", "7", "{}", "{\"format\": 1}", "{\"format\": 1, \"tensors\": 5}",
+        "{\"format\": 1, \"tensors\": {\"a\": 5}}", "\xff\xfe"}) {
+    std::ofstream(file) << text;
+    EXPECT_NE(ErrorOf([&] { VerifySave(path); }), "") << text;
+    EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }), "") << text;
+  }
+}
+
 TEST_F(Store, OtherShapesAndNamesAreNamed) {
   const std::string path = Save(1, 1);
   EXPECT_NE(ErrorOf([&] {
