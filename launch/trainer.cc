@@ -99,7 +99,7 @@ class Run {
         if (communicator_.rank() != 0) directory_.emplace(RunDirectory::Attach(config_.run.dir));
       });
       OpenFiles();
-    } catch (const Error&) {
+    } catch (...) {
       if (communicator_.rank() == 0) directory_->Remove();
       throw;
     }

@@ -50,8 +50,10 @@ TEST_F(Hdf5FileTest, FullDiskAtAnyByte) {
     } catch (const Error& e) {
       const bool told = e.kind() == ErrorKind::kStorage && e.message().find(path_) == 0 &&
                         e.message().find("no space left") != std::string::npos;
+      fs::remove(path_);
       std::exit(told ? 3 : 4);
     }
+    fs::remove(path_);
     std::exit(0);
   };
   WriteArrays(path_);

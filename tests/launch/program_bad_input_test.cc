@@ -344,7 +344,16 @@ TEST_F(ProgramRefuses, DivergenceWithoutASave) {
     for (const auto& [name, values] : Tensors("run"))
       for (double v : values) ASSERT_TRUE(std::isfinite(v)) << name;
   }
-  // Infinite after the only step.
+  // The same of SGD, which nothing bounds.
+  fs::remove_all(Path("run"));
+  Settings unbounded;
+  unbounded.Set("optim.lr", "1e15").Set("optim.name", "\"sgd\"").Set("optim.clip", "0");
+  unbounded.Set("run.steps", "200").Set("precision.compute", "\"fp32\"");
+  ProgramResult sgd = Train(unbounded);
+  sgd.out.clear();
+  ExpectOneBlock(sgd, kConfig, {"not finite", "diverged"});
+  EXPECT_TRUE(SavedSteps("run").empty());
+  // Infinite after the first update, before any loss shows it.
   fs::remove_all(Path("run"));
   Settings wild;
   wild.Set("optim.lr", "1e15")
