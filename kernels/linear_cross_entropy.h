@@ -9,7 +9,7 @@ namespace shoal::kernels {
 
 struct LinearCrossEntropyOptions {
   double gradient_scale = 1;   // of dx and dw: one over the step's global number of tokens
-  int64_t chunk_tokens = 256;  // rows of logits held at a time
+  int64_t chunk_tokens = 512;  // rows of logits held at a time
 };
 
 // x [M, D], w [V, D], labels i32 [M]; a negative label is ignored (no loss, no gradient), one >= V

@@ -2,7 +2,7 @@
 // block go through dense arrays, so that a vocabulary of any size runs at full speed, and a block
 // is still in a cache when its exponentials are taken. Pass 1 keeps a running maximum and sum per
 // row (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3) and
-// leaves e^(logit - maximum so far) in place of the logits; pass 2 then only rescales them.
+// keeps e^(logit - maximum so far) in the type of x; pass 2 rescales that in place to the gradient.
 #include "kernels/linear_cross_entropy.h"
 
 #include <cmath>
@@ -23,11 +23,12 @@
 #define SHOAL_KERNELS_CPU_LINEAR_CROSS_ENTROPY_TYPES_
 namespace shoal::kernels::cpu {
 
-// A block of columns of the logits of a chunk: [rows, width], f32 or f64.
+// A block of columns of a chunk: [rows, width] of the logits, and of what is kept of them.
 struct Block {
   int64_t rows, first, width;  // columns [first, first + width) of the vocabulary
-  void* logits;
-  const int32_t* labels;  // [rows], none ignored
+  void* logits;                // f32 or f64, until pass 1
+  void* kept;                  // in the type of x; may be the same memory; absent without backward
+  const int32_t* labels;       // [rows], none ignored
 };
 
 // What is known of a row after the blocks so far.
@@ -61,12 +62,13 @@ HWY_INLINE LaneOf<D> MaxOver(D d, const LaneOf<D>* x, int64_t n) {
 }
 
 // Pass 1. A NaN need not reach the maximum, but reaches the sum.
-template <class A>
+template <class A, class Kept>
 void Exponentials(const Block& block, Row* rows, A* block_max) {
   ParallelFor(block.rows, block.rows * block.width, [&](int64_t begin, int64_t end) {
     const hn::ScalableTag<A> d;
     for (int64_t r = begin; r < end; ++r) {
-      A* x = static_cast<A*>(block.logits) + r * block.width;
+      const A* x = static_cast<const A*>(block.logits) + r * block.width;
+      Kept* kept = block.kept ? static_cast<Kept*>(block.kept) + r * block.width : nullptr;
       Row& row = rows[r];
       const int64_t label = block.labels[r] - block.first;
       if (label >= 0 && label < block.width) row.label_logit = x[label];
@@ -76,7 +78,7 @@ void Exponentials(const Block& block, Row* rows, A* block_max) {
         auto e = ExpOf(d, hn::Sub(Load(d, x + i, part), shift));
         if constexpr (std::is_same_v<decltype(part), First>)
           e = hn::IfThenElseZero(hn::FirstN(d, part.n), e);
-        Store(d, e, x + i, part);
+        if (kept) Store(d, e, kept + i, part);
         return e;
       });
       row.sum = row.sum * std::exp(row.max - static_cast<double>(max)) + static_cast<double>(sum);
@@ -86,40 +88,41 @@ void Exponentials(const Block& block, Row* rows, A* block_max) {
   });
 }
 
-// Pass 2: out [rows, width] = scale (softmax - one at the label), from what pass 1 left. May work
-// in place.
-template <class A, class Out>
-void Gradients(const Block& block, const Row* rows, const A* block_max, double scale, Out* out) {
+// Pass 2: kept [rows, width] = scale (softmax - one at the label), from what pass 1 left there.
+template <class A, class Kept>
+void Gradients(const Block& block, const Row* rows, const A* block_max, double scale) {
   ParallelFor(block.rows, block.rows * block.width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const A* e = static_cast<const A*>(block.logits) + r * block.width;
+      Kept* kept = static_cast<Kept*>(block.kept) + r * block.width;
       const Row& row = rows[r];
-      const double to_softmax = std::exp(static_cast<double>(block_max[r]) - row.max) / row.sum;
-      const A factor = static_cast<A>(scale * to_softmax);
-      const int64_t label = block.labels[r] - block.first;
-      const bool here = label >= 0 && label < block.width;
-      const double at_label = here ? scale * (static_cast<double>(e[label]) * to_softmax - 1) : 0;
-      Out* to = out + r * block.width;
+      const A factor =
+          static_cast<A>(scale * std::exp(static_cast<double>(block_max[r]) - row.max) / row.sum);
       Map<A>(
-          block.width, [factor](auto d, auto v) { return hn::Mul(v, hn::Set(d, factor)); }, to, e);
-      if (here) to[label] = static_cast<Out>(static_cast<A>(at_label));
+          block.width, [factor](auto d, auto v) { return hn::Mul(v, hn::Set(d, factor)); }, kept,
+          const_cast<const Kept*>(kept));
+      const int64_t label = block.labels[r] - block.first;
+      if (label < 0 || label >= block.width) continue;
+      // Not from what was kept: near 1 its rounding would be most of the difference.
+      const double softmax = std::exp(row.label_logit - row.max) / row.sum;
+      kept[label] = static_cast<Kept>(static_cast<A>(scale * (softmax - 1)));
     }
   });
 }
 
-void Pass1(DType logits, const Block& block, Row* rows, void* block_max) {
-  if (logits == DType::kF64) return Exponentials(block, rows, static_cast<double*>(block_max));
-  Exponentials(block, rows, static_cast<float*>(block_max));
+void Pass1(DType type, const Block& block, Row* rows, void* block_max) {
+  if (type == DType::kF64)
+    return Exponentials<double, double>(block, rows, static_cast<double*>(block_max));
+  float* max = static_cast<float*>(block_max);
+  if (type == DType::kBF16) return Exponentials<float, BF16>(block, rows, max);
+  Exponentials<float, float>(block, rows, max);
 }
 
-void Pass2(DType logits, DType out_type, const Block& block, const Row* rows, const void* block_max,
-           double scale, void* out) {
-  if (logits == DType::kF64)
-    return Gradients(block, rows, static_cast<const double*>(block_max), scale,
-                     static_cast<double*>(out));
+void Pass2(DType type, const Block& block, const Row* rows, const void* block_max, double scale) {
+  if (type == DType::kF64)
+    return Gradients<double, double>(block, rows, static_cast<const double*>(block_max), scale);
   const float* max = static_cast<const float*>(block_max);
-  if (out_type == DType::kBF16) return Gradients(block, rows, max, scale, static_cast<BF16*>(out));
-  Gradients(block, rows, max, scale, static_cast<float*>(out));
+  if (type == DType::kBF16) return Gradients<float, BF16>(block, rows, max, scale);
+  Gradients<float, float>(block, rows, max, scale);
 }
 
 // to [n] bf16 = from [n] f32, plus `to` if accumulate.
@@ -227,8 +230,9 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   };
   const Scratch row_memory(stream, sizeof(Row) * static_cast<size_t>(chunk));
   const Scratch max_memory(stream, bytes(sum_type, blocks, chunk));
-  const Scratch logits_memory(stream, bytes(sum_type, chunk, backward ? vocab : width));
-  const Scratch dlogits_memory(stream, backward && narrow ? bytes(type, chunk, width) : 0);
+  const bool in_place = backward && !narrow;
+  const Scratch logits_memory(stream, bytes(sum_type, chunk, in_place ? vocab : width));
+  const Scratch kept_memory(stream, backward && narrow ? bytes(type, chunk, vocab) : 0);
   const Scratch x_memory(stream, all ? 0 : bytes(type, chunk, depth));
   const DType dx_type = blocks == 1 ? type : sum_type;  // of the sum over blocks
   const Scratch dx_memory(stream, dx && !dx_direct ? bytes(dx_type, chunk, depth) : 0);
@@ -245,8 +249,11 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     std::fill(rows, rows + n, Row{});
     auto block_at = [&](int64_t b) {
       const int64_t first = b * width, columns = std::min(width, vocab - first);
-      char* logits = logits_memory.as<char>() + (backward ? bytes(sum_type, n, first) : 0);
-      return Block{n, first, columns, logits, valid_labels + begin};
+      char* logits = logits_memory.as<char>() + (in_place ? bytes(sum_type, n, first) : 0);
+      void* kept = !backward  ? nullptr
+                   : in_place ? logits
+                              : kept_memory.as<char>() + bytes(type, n, first);
+      return Block{n, first, columns, logits, kept, valid_labels + begin};
     };
     auto block_max = [&](int64_t b) { return max_memory.as<char>() + bytes(sum_type, b, chunk); };
 
@@ -254,7 +261,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
       const Block block = block_at(b);
       Matmul(stream, View(block.logits, sum_type, {n, block.width}), xc,
              w.Narrow(0, block.first, block.width).Transposed(), {}, 0);
-      HWY_DYNAMIC_DISPATCH(Pass1)(sum_type, block, rows, block_max(b));
+      HWY_DYNAMIC_DISPATCH(Pass1)(type, block, rows, block_max(b));
     }
     for (int64_t r = 0; r < n; ++r) {
       const double loss = std::log(rows[r].sum) + (rows[r].max - rows[r].label_logit);
@@ -272,10 +279,8 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     const bool add_dw = begin > 0 || (dw_direct && accumulate_dw);
     for (int64_t b = 0; b < blocks; ++b) {
       const Block block = block_at(b);
-      void* dlogits = narrow ? dlogits_memory.as<void>() : block.logits;
-      HWY_DYNAMIC_DISPATCH(Pass2)
-      (sum_type, type, block, rows, block_max(b), options.gradient_scale, dlogits);
-      const View d(dlogits, type, {n, block.width});
+      HWY_DYNAMIC_DISPATCH(Pass2)(type, block, rows, block_max(b), options.gradient_scale);
+      const View d(block.kept, type, {n, block.width});
       if (dx) Matmul(stream, dx_sum, d, w.Narrow(0, block.first, block.width), {}, b > 0 ? 1 : 0);
       if (dw)
         Matmul(stream, dw_sum.Narrow(0, block.first, block.width), d.Transposed(), xc, {},

@@ -239,28 +239,25 @@ void RunTeam(const Stream& stream, const Product& p, int threads) {
 
 // The grid of tiles: a function of the shape only, because the shape of a tile decides how oneDNN
 // blocks K and with it the last bits. Packing is repeated in each tile, so they are as large as
-// they can be, and at least 4 for the sake of threads.
+// they can be, equal but for the last, and at least 4 for the sake of threads.
 struct Grid {
   int64_t rows, columns;  // of a tile
 };
 
 Grid GridOf(const Product& p) {
-  constexpr int64_t kStep = 64;  // column blocks and row blocks of the kernels divide it
-  auto cut = [](int64_t size, int64_t target) {
-    const int64_t parts = (size + target - 1) / target;
-    const int64_t even = (size + parts - 1) / parts;
-    return std::min(size, (even + kStep - 1) / kStep * kStep);
-  };
+  constexpr int64_t kStep = 32, kLeast = 128;
   const bool a_by_rows = p.a_column == 1;
-  int64_t rows = a_by_rows ? 512 : 384, columns = a_by_rows ? 512 : 768;
-  auto count = [&] {
-    return p.batch * ((p.m + rows - 1) / rows) * ((p.n + columns - 1) / columns);
-  };
-  while (count() < 4 && (rows > 128 || columns > 128)) {
-    if (rows > 128) rows /= 2;
-    if (count() < 4 && columns > 128) columns /= 2;
+  auto parts = [](int64_t size, int64_t target) { return (size + target - 1) / target; };
+  int64_t down = parts(p.m, a_by_rows ? 512 : 384), across = parts(p.n, a_by_rows ? 512 : 768);
+  while (p.batch * down * across < 4) {
+    const int64_t rows = p.m / down, columns = p.n / across;
+    if (std::max(rows, columns) <= kLeast) break;
+    ++(rows > columns ? down : across);
   }
-  return {cut(p.m, rows), cut(p.n, columns)};
+  auto tile = [](int64_t size, int64_t count) {
+    return std::min(size, ((size + count - 1) / count + kStep - 1) / kStep * kStep);
+  };
+  return {tile(p.m, down), tile(p.n, across)};
 }
 
 void RunTiles(const Stream& stream, const Product& p, int threads) {

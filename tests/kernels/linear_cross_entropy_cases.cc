@@ -187,7 +187,7 @@ void AddSpecial(std::vector<Case>& cases, DType t) {
 
 void AddBenchmarks(std::vector<Case>& cases) {
   for (DType t : {DType::kF32, DType::kBF16}) {
-    for (int64_t chunk : {256, 512}) {
+    for (int64_t chunk : {256, 512, 1024}) {
       for (auto [name, depth, vocab] : {std::tuple{"llama", 512, 32000}, {"gpt2", 768, 50257}}) {
         Case c = CrossEntropyCase(fmt::format("{}/{}/chunk{}", name, Name(t), chunk),
                                   {.type = t,
