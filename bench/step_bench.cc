@@ -91,7 +91,7 @@ int Measure(const Options& o, Communicator& communicator) {
   for (int i = 0; i < o.warmup + o.steps; ++i) {
     if (i == o.warmup) {
       ExecutionContext::Current().set_profile(&profile);
-      communicator.set_profile(&profile);
+      step.set_profile(&profile);
     }
     const auto begin = Clock::now();
     step.Run(batches, 1e-4);
@@ -99,7 +99,7 @@ int Measure(const Options& o, Communicator& communicator) {
     if (i >= o.warmup) seconds.push_back(Since(begin));
   }
   ExecutionContext::Current().set_profile(nullptr);
-  communicator.set_profile(nullptr);
+  step.set_profile(nullptr);
   double all = 0;
   for (double s : seconds) all += s;
   rusage usage = {};

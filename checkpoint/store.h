@@ -1,8 +1,10 @@
 // Saves and loads a run's state. A save is a directory
-//   step-00000042/{state.h5, manifest.json}
+//   step-00000042/{rank-0000.h5, .., manifest.json}
 // that is written under another name, flushed to the disk, and renamed when complete: a directory
-// with that name is whole, whenever the process or the machine stops. The manifest holds a digest
-// (XXH3-128) of every tensor, checked when it is loaded.
+// with that name is whole, whenever the process or the machine stops. A rank writes the pieces of
+// tensors that it holds; the manifest says where in its tensor each piece lies, and its digest
+// (XXH3-128), checked when it is loaded. So a save is read by any number of ranks, whatever they
+// hold of it.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +29,18 @@ struct SaveEntry {
   int64_t bytes = 0;
 };
 
-// Writes `state` (whole tensors: one rank calls this) as `directory`/step-N and returns its path.
-// An older save of the same step is replaced. Error(kStorage) if it cannot; then no save has been
-// touched.
+// Writes `state` as `directory`/step-N and returns its path. An older save of the same step is
+// replaced. Error(kStorage) if it cannot; then no save has been touched.
 std::string SaveState(const std::string& directory, const SaveInfo& info, const StateDict& state);
+
+// The same by several ranks: one calls BeginSave, then all WritePart, then one CommitSave with what
+// the others' WritePart returned. Every element of a tensor is in one part. After an Error in any
+// of them, AbandonSave takes away what there is.
+void BeginSave(const std::string& directory, int64_t step, int64_t bytes);
+std::string WritePart(const std::string& directory, int64_t step, int rank, const StateDict& state);
+std::string CommitSave(const std::string& directory, const SaveInfo& info,
+                       const std::vector<std::string>& parts);
+void AbandonSave(const std::string& directory, int64_t step);
 
 // Complete saves in `directory`, newest first. Names decide; VerifySave looks inside.
 std::vector<SaveEntry> ListSaves(const std::string& directory);

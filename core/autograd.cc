@@ -46,9 +46,10 @@ bool WantsGradient(const std::vector<Tensor>& inputs) {
 }
 
 Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
-              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward) {
+              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
+              std::optional<DType> gradient_dtype) {
   if (!WantsGradient(inputs)) return out;
-  auto node = std::make_shared<Node>(name, out.shape(), out.dtype());
+  auto node = std::make_shared<Node>(name, out.shape(), gradient_dtype.value_or(out.dtype()));
   for (const Tensor& input : inputs)
     node->inputs_.push_back(input.defined() ? input.node() : nullptr);
   for (const Tensor& t : kept) node->saved_.emplace_back(t);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ class Node {
   friend class GradContext;
   friend class BackwardPass;
   friend Tensor Record(const char*, Tensor, const std::vector<Tensor>&, const std::vector<Tensor>&,
-                       std::function<void(GradContext&)>);
+                       std::function<void(GradContext&)>, std::optional<DType>);
 
   const char* name_;
   uint64_t sequence_;  // creation order
@@ -121,9 +122,11 @@ struct BackwardOptions {
 void Backward(const Tensor& root, const Tensor& gradient = {}, const BackwardOptions& options = {});
 
 // For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.
-// `kept` is what backward will ask for by Saved(i).
+// `kept` is what backward will ask for by Saved(i). Gradients of `out` are added up in
+// `gradient_dtype`, by default that of `out`.
 Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
-              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward);
+              const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
+              std::optional<DType> gradient_dtype = std::nullopt);
 bool WantsGradient(const std::vector<Tensor>& inputs);
 
 bool GradEnabled();

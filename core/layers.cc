@@ -26,6 +26,9 @@ Embedding::Embedding(int64_t rows, int64_t width, const std::string& row_axis, I
                                             std::vector<std::string>{row_axis, "embed"}, init));
 }
 
+Embedding::Embedding(std::shared_ptr<Parameter> weight)
+    : weight_(AddParameter("weight", std::move(weight))) {}
+
 Tensor Embedding::Forward(const Tensor& ids) { return ops::Embedding(weight_->Use(), ids); }
 
 RmsNorm::RmsNorm(int64_t width, double eps) : eps_(eps) {

@@ -31,6 +31,7 @@ class Linear : public UnaryModule {
 class Embedding : public Module {
  public:
   Embedding(int64_t rows, int64_t width, const std::string& row_axis, InitSpec init);
+  explicit Embedding(std::shared_ptr<Parameter> weight);
   virtual Tensor Forward(const Tensor& ids);
   const std::shared_ptr<Parameter>& weight() const { return weight_; }
 

@@ -5,6 +5,7 @@
 #include "core/autograd.h"
 #include "core/base/philox.h"
 #include "kernels/attention.h"
+#include "kernels/linear_cross_entropy.h"
 
 namespace shoal::ops {
 
@@ -24,8 +25,9 @@ Tensor Narrow(const Tensor& x, int dim, int64_t begin, int64_t count);
 // f64 [1]: the sum of all elements.
 Tensor Sum(const Tensor& x);
 
-// [..., O] = x [..., I] weight [O, I]^T + bias [O]; bias may be undefined.
-Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
+// [..., O] = x [..., I] weight [O, I]^T + bias [O]; bias may be undefined. The result is as wide as
+// the product was summed if `wide`.
+Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {}, bool wide = false);
 // a [.., M, K] b [.., K, N], both 2-d or both 3-d. A transposed argument is a view (transpose
 // flags).
 Tensor Matmul(const Tensor& a, const Tensor& b, bool transpose_a = false, bool transpose_b = false);
@@ -56,7 +58,9 @@ Tensor Dropout(const Tensor& x, const Tensor& tokens, double p, const PhiloxKey&
 // The mean negative log likelihood as f64 [1]: sum over labels / normalizer. The normalizer is the
 // step's global number of tokens, the same on every rank and in every micro-batch, so that shares
 // add up to the mean. x [..., D], weight [V, D], labels i32 [...]; a negative label is ignored.
+// `share`: weight is one rank's part of the rows; then the gradient of x is a part of a sum, as
+// wide as it was summed.
 Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& labels,
-                          double normalizer);
+                          double normalizer, const kernels::VocabularyShare* share = nullptr);
 
 }  // namespace shoal::ops

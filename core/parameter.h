@@ -3,8 +3,10 @@
 // type.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/autograd.h"
@@ -36,12 +38,26 @@ class Parameter {
 
   // Keeps [begin, begin + count) of dimension `dim`. Before Materialize.
   void TakeSlice(int dim, int64_t begin, int64_t count);
-  // Obtains memory for the slice (values undefined; see InitParameters).
-  void Materialize(DType dtype);
+  // Of a slice that other ranks hold too: only the elements [begin, begin + count) of it are to be
+  // counted in norms, and saved, from here. By default all are.
+  void set_owned(int64_t begin, int64_t count) { owned_ = {begin, count}; }
+  // first and number
+  std::pair<int64_t, int64_t> owned() const {
+    return owned_.second < 0 ? std::pair{int64_t{0}, shape_.numel()} : owned_;
+  }
+  // Of a parameter whose gradient here is a part of a sum: replaces a part by the sum. Called once
+  // before a gradient is exchanged, on all ranks in the same order.
+  void set_gradient_sum(std::function<void(const Tensor&)> sum) { gradient_sum_ = std::move(sum); }
+  const std::function<void(const Tensor&)>& gradient_sum() const { return gradient_sum_; }
+
+  // Obtains memory for the slice (values undefined; see InitParameter).
+  void Materialize(DType dtype, MemoryClass memory_class = MemoryClass::kParameters);
 
   const Tensor& value() const { return value_; }
   // The value as an op's input: gradients arrive in leaf().grad.
   Tensor Use() const;
+  // Called at the beginning of every Use: whoever has freed the value's storage brings it back.
+  void set_use_hook(std::function<void()> hook) { use_hook_ = std::move(hook); }
   Leaf& leaf() const { return *leaf_; }
   bool requires_grad() const { return requires_grad_; }
   void set_requires_grad(bool on) { requires_grad_ = on; }
@@ -53,6 +69,9 @@ class Parameter {
   InitSpec init_;
   Tensor value_;
   std::shared_ptr<Leaf> leaf_;
+  std::function<void()> use_hook_;
+  std::function<void(const Tensor&)> gradient_sum_;
+  std::pair<int64_t, int64_t> owned_ = {0, -1};
   bool requires_grad_ = true;
 };
 

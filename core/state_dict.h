@@ -1,6 +1,7 @@
 // Named tensors with their place in the global whole: what checkpoints store and load. No I/O here.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,9 +11,16 @@ namespace shoal {
 
 struct StateEntry {
   std::string name;  // "model/blocks.0.attention.q.weight", "optim/m/...", unique
-  Tensor tensor;     // the slice that is here; loading writes into it
+  Tensor tensor;     // the slice that is here, contiguous; loading writes into it
   Dims global_shape;
   Dims offset;  // of the slice
+  // If only a share of the slice is here: the tensor is one-dimensional and holds the slice's
+  // elements from `begin` on.
+  struct Share {
+    Dims slice;  // its shape
+    int64_t begin = 0;
+  };
+  std::optional<Share> share = std::nullopt;
 };
 using StateDict = std::vector<StateEntry>;
 

@@ -214,11 +214,9 @@ void CheckSupported(const Config& config) {
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",
                  what);
   };
-  later(config.mesh.tp > 1, fmt::format("mesh.tp = {}", config.mesh.tp));
   later(config.mesh.pp > 1, fmt::format("mesh.pp = {}", config.mesh.pp));
   later(config.mesh.cp > 1, fmt::format("mesh.cp = {}", config.mesh.cp));
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
-  later(config.zero.stage > 0, fmt::format("zero.stage = {}", config.zero.stage));
   later(config.zero.offload != "none", fmt::format("zero.offload = \"{}\"", config.zero.offload));
   later(config.memory.recompute != "none",
         fmt::format("memory.recompute = \"{}\"", config.memory.recompute));

@@ -34,9 +34,16 @@ RankPlan PlanRank(const Config& config, const BatchPlan& batch, int rank, int ra
   const std::vector<Batch> batches(
       static_cast<size_t>(batch.micro_batches),
       EmptyBatch(batch.micro, config.data.sequence_length, config.data.documents));
-  const int64_t before = communicator->wire_bytes(Traffic::kData);
+  RankPlan plan = {rank, {}, {}};
+  const auto add = [&](int sign) {
+    for (int a = 0; a < kMeshAxes; ++a)
+      plan.wire_bytes[static_cast<size_t>(a)] += sign * step.wire_bytes(static_cast<MeshAxis>(a));
+  };
+  add(-1);
   step.Run(batches, config.optim.lr);
-  return {rank, context.allocator()->stats(), communicator->wire_bytes(Traffic::kData) - before};
+  add(1);
+  plan.memory = context.allocator()->stats();
+  return plan;
 }
 
 double Mega(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
@@ -81,7 +88,9 @@ std::string PlanJson(const Plan& plan) {
     for (int c = 0; c < kMemoryClasses; ++c)
       bytes[Name(static_cast<MemoryClass>(c))] = rank.memory.peak[c];
     bytes["peak"] = rank.memory.peak_total;
-    const ordered_json wire = {{"dp", rank.wire_bytes}, {"tp", 0}, {"pp", 0}, {"cp", 0}, {"ep", 0}};
+    ordered_json wire;
+    for (int a = 0; a < kMeshAxes; ++a)
+      wire[Name(static_cast<MeshAxis>(a))] = rank.wire_bytes[static_cast<size_t>(a)];
     json["ranks"].push_back({{"rank", rank.rank}, {"bytes", bytes}, {"wire_bytes", wire}});
   }
   json["bubble"] = 0.0;
@@ -129,8 +138,15 @@ std::string PlanText(const Plan& plan, const Config& config) {
   }
   text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", "together, at once",
                       Mega(plan.ranks[0].memory.peak_total), Mega(plan.peak()));
-  text += fmt::format("\n{:<22} {:.1f} MB a step over dp (rank 0)\n", "sent",
-                      Mega(plan.ranks[0].wire_bytes));
+  text += fmt::format("\n{:<22} {:>14} {:>14}\n", "sent a step", "rank 0, MB", "all, MB");
+  for (int a = 0; a < kMeshAxes; ++a) {
+    const auto sent = [a](const RankPlan& r) { return r.wire_bytes[static_cast<size_t>(a)]; };
+    int64_t all = 0;
+    for (const RankPlan& rank : plan.ranks) all += sent(rank);
+    if (all == 0) continue;
+    text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", Name(static_cast<MeshAxis>(a)),
+                        Mega(sent(plan.ranks[0])), Mega(all));
+  }
   text += fmt::format("{:<22} {} ({} {:.0f} MB)\n", "fits", plan.fits() ? "yes" : "no",
                       plan.budget ? "memory.budget" : "a rank's share of this machine has",
                       Mega(plan.budget.value_or(plan.available)));

@@ -8,13 +8,14 @@
 
 #include "core/allocator.h"
 #include "launch/config.h"
+#include "parallel/mesh.h"
 
 namespace shoal {
 
 struct RankPlan {
   int rank = 0;
-  MemoryStats memory;      // peaks of one step; scratch inside kernels is not counted
-  int64_t wire_bytes = 0;  // sent per step over dp
+  MemoryStats memory;  // peaks of one step; scratch inside kernels is not counted
+  std::array<int64_t, kMeshAxes> wire_bytes = {};  // sent per step, by axis
 };
 
 struct Plan {

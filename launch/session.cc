@@ -58,6 +58,13 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.rule.momentum = config.optim.momentum;
   options.clip = config.optim.clip;
   options.seed = static_cast<uint64_t>(config.run.seed);
+  options.mesh = {.dp = static_cast<int>(plan.dp),
+                  .tp = static_cast<int>(config.mesh.tp),
+                  .pp = static_cast<int>(config.mesh.pp),
+                  .cp = static_cast<int>(config.mesh.cp),
+                  .ep = static_cast<int>(config.mesh.ep)};
+  options.zero_stage = static_cast<int>(config.zero.stage);
+  Cut(options.model, options.mesh.tp);  // refuses what cannot be cut
   return options;
 }
 
@@ -105,19 +112,29 @@ void ResolveFrom(Config* config) {
                    ModelShape(ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json")));
 }
 
-void LoadWeights(const Config& config, LanguageModel& model) {
-  if (config.model.from) LoadState(*config.model.from, ModelState(model));
+void LoadWeights(const Config& config, TrainingStep& step) {
+  if (!config.model.from) return;
+  StateDict weights = step.State();
+  std::erase_if(weights, [](const StateEntry& e) { return !e.name.starts_with("model/"); });
+  LoadState(*config.model.from, weights);
 }
 
 Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,
                     const std::function<Batch(int64_t, int64_t)>& batch,
                     const std::function<double(const Batch&)>& sum_loss) {
-  const int64_t begin = sequences * communicator.rank() / communicator.size();
-  const int64_t end = sequences * (communicator.rank() + 1) / communicator.size();
+  const int size = communicator.size();
+  const int64_t begin = ShardBegin(sequences, communicator.rank(), size);
+  const int64_t end = ShardBegin(sequences, communicator.rank() + 1, size);
+  // Where ranks share parameters, all must make the same passes: who has nothing left repeats its
+  // last sequence and does not count it.
+  const int64_t longest = (sequences + size - 1) / size;
   double sum = 0, labelled = 0;
-  for (int64_t first = begin; first < end; first += micro) {
-    const Batch b = batch(first, std::min(micro, end - first));
-    sum += sum_loss(b);
+  for (int64_t done = 0; done < longest; done += micro) {
+    const int64_t first = begin + done, count = std::min(micro, end - first);
+    const Batch b = count > 0 ? batch(first, count) : batch(std::max<int64_t>(end - 1, 0), 1);
+    const double loss = sum_loss(b);
+    if (count <= 0) continue;
+    sum += loss;
     labelled += static_cast<double>(b.labelled);
   }
   Evaluation result;

@@ -37,7 +37,7 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute = st
 
 // If model.from is set: takes the shape from there into `config`. The weights: LoadWeights.
 void ResolveFrom(Config* config);
-void LoadWeights(const Config& config, LanguageModel& model);
+void LoadWeights(const Config& config, TrainingStep& step);
 
 // The mean loss over a share of `count` sequences, which `batch(first, count)` reads: each rank
 // takes a part, `micro` at a time. Collective.

@@ -1,5 +1,6 @@
 #include "launch/trainer.h"
 
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <optional>
@@ -81,18 +82,21 @@ class Run {
 
   void BuildFresh() {
     step_.emplace(options_, communicator_);
-    Agree(communicator_, [&] { LoadWeights(config_, step_->model()); });
+    Agree(communicator_, [&] { LoadWeights(config_, *step_); });
+    step_->optimizer().TakeValues();
   }
 
   // Rank 0 makes the directory; the others use it once it is there. One in which no rank could
   // begin is taken away again.
   void CreateDirectory() {
+    const auto save_bytes =
+        static_cast<int64_t>(communicator_.Sum(static_cast<double>(SaveBytes(step_->State(true)))));
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
       Plan plan = MakePlan(config_, communicator_.size());
       plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
-      directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan),
-                                              SaveBytes(step_->State())));
+      directory_.emplace(
+          RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan), save_bytes));
     });
     try {
       Agree(communicator_, [&] {
@@ -138,6 +142,7 @@ class Run {
       step_->optimizer().set_step(save_.step);
       if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), save_.step);
     });
+    step_->optimizer().ShareValues();
     OpenFiles();
   }
 
@@ -188,7 +193,7 @@ int Run::Loop() {
                config_.optim.min_lr_fraction, config_.optim.decay_fraction,
                config_.optim.warmup_steps,    config_.run.steps};
   ExecutionContext::Current().set_profile(&profile_);
-  communicator_.set_profile(&profile_);
+  step_->set_profile(&profile_);
   const auto begin = Clock::now();
   const int64_t first = done_ + 1;
   bool stop = false;
@@ -201,7 +206,7 @@ int Run::Loop() {
     if (due || asked > 0 || done_ == config_.run.steps) Save();
   }
   ExecutionContext::Current().set_profile(nullptr);
-  communicator_.set_profile(nullptr);
+  step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
   console_.EndProgress();
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
@@ -216,15 +221,17 @@ int Run::Loop() {
 
 void Run::Step(int64_t step) {
   const double busy_before = profile_.total();
-  const int64_t data_before = communicator_.wire_bytes(Traffic::kData);
-  const int64_t control_before = communicator_.wire_bytes(Traffic::kControl);
+  std::array<int64_t, kMeshAxes> sent_before;
+  for (int a = 0; a < kMeshAxes; ++a)
+    sent_before[static_cast<size_t>(a)] = step_->wire_bytes(static_cast<MeshAxis>(a));
+  const int64_t control_before = step_->mesh().control_bytes();
   const auto begin = Clock::now();
   StepMetrics m;
   m.step = step;
   m.lr = schedule_.At(step);
   std::vector<Batch> batches;
   for (int64_t i = 0; i < plan_.micro_batches; ++i) {
-    const int64_t first = communicator_.rank() * plan_.per_replica + i * plan_.micro;
+    const int64_t first = step_->mesh().data().rank() * plan_.per_replica + i * plan_.micro;
     batches.push_back(data_.loader->Train(step - 1, config_.batch.sequences, first, plan_.micro));
   }
   const TrainingStep::Result result = step_->Run(batches, m.lr);
@@ -236,12 +243,12 @@ void Run::Step(int64_t step) {
   m.tokens = tokens_;
   m.tokens_per_second = static_cast<double>(result.tokens) / m.seconds;
   m.host_gap_seconds = std::max(0.0, m.seconds - (profile_.total() - busy_before));
-  m.wire_bytes = {{"dp", communicator_.wire_bytes(Traffic::kData) - data_before},
-                  {"tp", 0},
-                  {"pp", 0},
-                  {"cp", 0},
-                  {"ep", 0},
-                  {"control", communicator_.wire_bytes(Traffic::kControl) - control_before}};
+  for (int a = 0; a < kMeshAxes; ++a) {
+    const auto axis = static_cast<MeshAxis>(a);
+    m.wire_bytes.emplace_back(Name(axis),
+                              step_->wire_bytes(axis) - sent_before[static_cast<size_t>(a)]);
+  }
+  m.wire_bytes.emplace_back("control", step_->mesh().control_bytes() - control_before);
   const MemoryStats memory = ExecutionContext::Current().allocator()->stats();
   for (int c = 0; c < kMemoryClasses; ++c) {
     m.peak_bytes.emplace_back(Name(static_cast<MemoryClass>(c)),
@@ -274,24 +281,40 @@ std::optional<double> Run::Validate(int64_t step) {
   if (all == 0) return std::nullopt;
   const int64_t sequences = std::min(all, config_.run.validate_sequences.value_or(all));
   return Evaluate(
-             sequences, plan_.micro, communicator_,
+             sequences, plan_.micro, step_->mesh().data(),
              [&](int64_t first, int64_t count) { return data_.loader->Validation(first, count); },
              [&](const Batch& batch) { return step_->SumLoss(batch); })
       .loss;
 }
 
 void Run::Save() {
-  Agree(communicator_, [&] {
-    if (communicator_.rank() != 0) return;
-    // A loss shows it only one step after the weights.
-    if (!step_->AllFinite())
-      Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
-    const std::string directory = directory_->checkpoints_path();
-    if (metrics_) metrics_->Sync();
-    last_save_ = SaveState(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint},
-                           step_->State());
-    PruneSaves(directory, config_.checkpoint.keep);
-  });
+  const StateDict state = step_->State(true);
+  const double bytes = communicator_.Sum(static_cast<double>(SaveBytes(state)));
+  // A loss shows it only one step after the weights.
+  const bool finite = communicator_.Max(step_->AllFinite() ? 0 : 1) == 0;
+  const std::string directory = directory_->checkpoints_path();
+  const bool first = communicator_.rank() == 0;
+  try {
+    Agree(communicator_, [&] {
+      if (!finite)
+        Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
+      if (!first) return;
+      if (metrics_) metrics_->Sync();
+      BeginSave(directory, done_, static_cast<int64_t>(bytes));
+    });
+    std::string part;
+    Agree(communicator_, [&] { part = WritePart(directory, done_, communicator_.rank(), state); });
+    const std::vector<std::string> parts = communicator_.AllGatherStrings(part);
+    Agree(communicator_, [&] {
+      if (!first) return;
+      last_save_ =
+          CommitSave(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint}, parts);
+      PruneSaves(directory, config_.checkpoint.keep);
+    });
+  } catch (const Error&) {
+    if (first) AbandonSave(directory, done_);
+    throw;
+  }
   last_save_ = communicator_.AllGatherStrings(last_save_)[0];
   console_.SetLastSave(last_save_);
 }

@@ -4,16 +4,47 @@
 
 #include "core/init.h"
 #include "kernels/reduce.h"
+#include "optim/clip.h"
+#include "parallel/tensor_parallel.h"
 
 namespace shoal {
 
-TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& communicator)
-    : options_(options), communicator_(communicator), model_(BuildModel(options.model)) {
-  MaterializeParameters(*model_, options.compute, options.seed);
-  const auto parameters = model_->Parameters();
-  for (const auto& parameter : parameters) parameter->leaf().grad_dtype = options.gradients;
-  data_parallel_ = std::make_unique<DataParallel>(parameters, communicator);
-  optimizer_ = std::make_unique<Optimizer>(parameters, options.rule);
+namespace {
+
+MeshShape Filled(MeshShape shape, int ranks) {
+  if (shape.dp == 0) shape.dp = ranks / (shape.tp * shape.pp * shape.cp);
+  return shape;
+}
+
+}  // namespace
+
+AxisCut Cut(const ModelConfig& model, int tp) {
+  return CutTransformer(tp, model.heads, model.kv_heads, model.head_dim, model.mlp, model.vocab);
+}
+
+TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
+    : options_(options),
+      mesh_(world, Filled(options.mesh, world.size())),
+      model_(BuildModel(options.model)) {
+  ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp), mesh_.axis(MeshAxis::kTp));
+  std::vector<Module*> blocks;
+  for (const auto& block : model_->blocks()) blocks.push_back(block.get());
+  ZeroOptions zero;
+  zero.stage = options.zero_stage;
+  zero.compute = options.compute;
+  zero.gradients = options.gradients;
+  zero.rule = options.rule;
+  optimizer_ = std::make_unique<ZeroOptimizer>(
+      *model_, blocks, mesh_, zero, [&](const Parameter& p) { InitParameter(p, options.seed); });
+}
+
+int64_t TrainingStep::wire_bytes(MeshAxis axis) const {
+  return mesh_.wire_bytes(axis) + (axis == MeshAxis::kDp ? optimizer_->wire_bytes() : 0);
+}
+
+void TrainingStep::set_profile(KernelProfile* profile) {
+  mesh_.set_profile(profile);
+  optimizer_->set_profile(profile);
 }
 
 Tensor TrainingStep::Loss(const Batch& batch, double normalizer, bool training) {
@@ -33,7 +64,7 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   int64_t labelled = 0;
   for (const Batch& batch : micro_batches) labelled += batch.labelled;
   Result result;
-  result.tokens = static_cast<int64_t>(communicator_.Sum(static_cast<double>(labelled)));
+  result.tokens = static_cast<int64_t>(mesh_.data().Sum(static_cast<double>(labelled)));
   const double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
   double loss = 0;
   for (size_t i = 0; i < micro_batches.size(); ++i) {
@@ -42,9 +73,9 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
     backward.final_micro_batch = i + 1 == micro_batches.size();
     Backward(share, {}, backward);
     loss += share.Item();
+    optimizer_->FinishMicroBatch(backward.final_micro_batch);
   }
-  data_parallel_->Finish();
-  result.loss = communicator_.Sum(loss);
+  result.loss = mesh_.data().Sum(loss);
   result.grad_norm = optimizer_->GradNorm();
   optimizer_->Step(lr, ClipScale(result.grad_norm, options_.clip));
   return result;
@@ -55,11 +86,20 @@ double TrainingStep::SumLoss(const Batch& batch) {
   return Loss(batch, 1, false).Item();
 }
 
-StateDict TrainingStep::State() {
-  StateDict state = ModelState(*model_);
-  for (const Optimizer::State& s : optimizer_->States()) {
-    state.push_back({"optim/" + s.name + "/" + s.parameter->name(), s.tensor,
-                     s.parameter->global_shape(), s.parameter->offset()});
+StateDict TrainingStep::State(bool once) {
+  StateDict state;
+  if (once && options_.zero_stage == 0 && mesh_.data().rank() != 0) return state;
+  for (const ZeroOptimizer::Piece& piece : optimizer_->Pieces(once)) {
+    const Parameter& p = *piece.parameter;
+    StateEntry entry = {
+        piece.state.empty() ? "model/" + p.name() : "optim/" + piece.state + "/" + p.name(),
+        piece.tensor, p.global_shape(), p.offset()};
+    if (piece.tensor.numel() == p.shape().numel()) {
+      entry.tensor = piece.tensor.Reshaped(p.shape());
+    } else {
+      entry.share = {p.shape(), piece.begin};
+    }
+    state.push_back(std::move(entry));
   }
   return state;
 }

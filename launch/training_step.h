@@ -1,5 +1,5 @@
 // One optimizer step: forward and backward over micro-batches, the gradient's sum over ranks,
-// clipping, the update. Knows models, data parallelism and optimizers; no files, no configuration.
+// clipping, the update. Knows models, parallelism and optimizers; no files, no configuration.
 #pragma once
 
 #include <memory>
@@ -8,8 +8,8 @@
 #include "core/state_dict.h"
 #include "data/loader.h"
 #include "models/registry.h"
-#include "optim/optimizer.h"
-#include "parallel/data_parallel.h"
+#include "optim/zero/zero.h"
+#include "parallel/tensor_parallel.h"
 
 namespace shoal {
 
@@ -20,12 +20,18 @@ struct TrainingOptions {
   UpdateRuleOptions rule;
   double clip = 0;  // global norm; 0: never
   uint64_t seed = 1;
+  MeshShape mesh = {.dp = 0};  // dp 0: fills the ranks there are
+  int zero_stage = 0;
 };
+
+// How `tp` ranks share a model; Error(kConfig) if they cannot.
+AxisCut Cut(const ModelConfig& model, int tp);
 
 class TrainingStep {
  public:
-  // Builds the model and its optimizer on the current context's device.
-  TrainingStep(const TrainingOptions& options, Communicator& communicator);
+  // Builds the model and its optimizer on the current context's device. Collective over `world`,
+  // which must outlive it.
+  TrainingStep(const TrainingOptions& options, Communicator& world);
 
   struct Result {
     double loss = 0;       // mean over the global tokens, before the update
@@ -35,13 +41,19 @@ class TrainingStep {
   // `micro_batches`: this rank's share of the step. Collective.
   Result Run(std::span<const Batch> micro_batches, double lr);
 
-  // Sum of the labels' negative log likelihoods, on this rank alone, without dropout.
+  // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. Ranks
+  // that share a model call it together.
   double SumLoss(const Batch& batch);
 
   LanguageModel& model() { return *model_; }
-  Optimizer& optimizer() { return *optimizer_; }
-  // Parameters, and what the optimizer keeps of them.
-  StateDict State();
+  ZeroOptimizer& optimizer() { return *optimizer_; }
+  const Mesh& mesh() const { return mesh_; }
+  // Sent by this rank so far over an axis; control scalars are counted apart.
+  int64_t wire_bytes(MeshAxis axis) const;
+  void set_profile(KernelProfile* profile);
+  // What is here of parameters, and of what the optimizer keeps of them. `once`: what several ranks
+  // hold is named by one of them alone, for a save.
+  StateDict State(bool once = false);
   // Whether no value of State() is infinite or NaN.
   bool AllFinite();
 
@@ -49,10 +61,9 @@ class TrainingStep {
   Tensor Loss(const Batch& batch, double normalizer, bool training);
 
   TrainingOptions options_;
-  Communicator& communicator_;
+  Mesh mesh_;
   std::shared_ptr<LanguageModel> model_;
-  std::unique_ptr<DataParallel> data_parallel_;
-  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<ZeroOptimizer> optimizer_;
 };
 
 }  // namespace shoal

@@ -1,6 +1,6 @@
-// Ranks as MPI processes. On one host, sums go through a shared-memory window that all ranks map:
-// OpenMPI 4.1's own all-reduce is several times slower. Across hosts MPI moves them. MPI has no
-// bf16: it is widened to f32 on the way.
+// Ranks as MPI processes. On one host, collectives go through a shared-memory window that all ranks
+// map: OpenMPI 4.1's own are several times slower. Across hosts MPI moves bytes only, and sums are
+// taken here: MPI leaves their order open, and has no bf16.
 #include "parallel/communicator.h"
 
 #ifdef SHOAL_WITH_MPI
@@ -34,92 +34,213 @@ void Check(int code, const char* call) {
 struct MpiRuntime {
   MpiRuntime() {
     int level = 0;
-    SHOAL_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level));
+    SHOAL_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level));
     SHOAL_CHECK(level >= MPI_THREAD_FUNNELED, "mpi", "the library offers thread level {} only",
                 level);
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    multiple = level >= MPI_THREAD_MULTIPLE;
   }
   ~MpiRuntime() { MPI_Finalize(); }
+  bool multiple = false;  // whether several threads may call MPI at once
 };
 
-// Walks the concatenation of several arrays.
+// Walks a range of the concatenation of several arrays.
 class Cursor {
  public:
-  Cursor(std::span<const View> pieces, int64_t width) : pieces_(pieces), width_(width) {}
+  Cursor(std::span<const View> pieces, int64_t begin = 0)
+      : pieces_(pieces), width_(static_cast<int64_t>(SizeOf(pieces[0].dtype))), at_(begin) {
+    SkipEnds();
+  }
 
   // Calls f(memory, offset in bytes within these n elements, bytes) for the next n elements.
   template <class F>
   void Move(int64_t n, F&& f) {
     for (int64_t done = 0; done < n;) {
       const int64_t count = std::min(n - done, pieces_[piece_].numel() - at_);
-      if (count > 0) f(pieces_[piece_].as<char>() + at_ * width_, done * width_, count * width_);
+      f(pieces_[piece_].as<char>() + at_ * width_, done * width_, count * width_);
       done += count;
       at_ += count;
-      if (at_ == pieces_[piece_].numel()) {
-        ++piece_;
-        at_ = 0;
-      }
+      SkipEnds();
     }
+  }
+  void CopyOut(int64_t n, const char* from) {
+    Move(n, [&](char* memory, int64_t at, int64_t bytes) {
+      std::memcpy(memory, from + at, static_cast<size_t>(bytes));
+    });
+  }
+  void CopyIn(int64_t n, char* to) {
+    Move(n, [&](const char* memory, int64_t at, int64_t bytes) {
+      std::memcpy(to + at, memory, static_cast<size_t>(bytes));
+    });
   }
 
  private:
+  void SkipEnds() {
+    while (piece_ < pieces_.size() && at_ >= pieces_[piece_].numel()) {
+      at_ -= pieces_[piece_].numel();
+      ++piece_;
+    }
+  }
   std::span<const View> pieces_;
   int64_t width_;
   size_t piece_ = 0;
-  int64_t at_ = 0;
+  int64_t at_;
 };
+
+MpiRuntime& Runtime() {
+  static MpiRuntime runtime;
+  return runtime;
+}
 
 class MpiCommunicator : public Communicator {
  public:
-  MpiCommunicator() {
-    static MpiRuntime runtime;
-    SHOAL_MPI(MPI_Comm_rank(MPI_COMM_WORLD, &rank_));
-    SHOAL_MPI(MPI_Comm_size(MPI_COMM_WORLD, &size_));
+  // Takes `comm` over; MPI_COMM_WORLD stays.
+  MpiCommunicator(MPI_Comm comm, bool shared_memory) : comm_(comm), shared_memory_(shared_memory) {
+    SHOAL_MPI(MPI_Comm_rank(comm_, &rank_));
+    SHOAL_MPI(MPI_Comm_size(comm_, &size_));
     char name[MPI_MAX_PROCESSOR_NAME] = {};
     int length = 0;
     SHOAL_MPI(MPI_Get_processor_name(name, &length));
     host_.assign(name, static_cast<size_t>(length));
-    if (size_ > 1) OpenWindow();
+    if (size_ > 1 && shared_memory_) OpenWindow();
   }
   ~MpiCommunicator() override {
     if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
+    if (comm_ != MPI_COMM_WORLD) MPI_Comm_free(&comm_);
   }
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::string host() const override { return host_; }
-  void Barrier() override { SHOAL_MPI(MPI_Barrier(MPI_COMM_WORLD)); }
+  void Barrier() override {
+    if (barrier_ != nullptr) return barrier_->Wait(size_);
+    SHOAL_MPI(MPI_Barrier(comm_));
+  }
   void Abort(int exit_code) override {
     if (size_ > 1) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  }
+  bool concurrent() const override { return barrier_ != nullptr || Runtime().multiple; }
+
+  std::unique_ptr<Communicator> Subgroup(std::span<const int> members) override {
+    const auto mine = std::find(members.begin(), members.end(), rank_) - members.begin();
+    SHOAL_CHECK(mine < static_cast<std::ptrdiff_t>(members.size()), "subgroup",
+                "rank {} asks for a group that it is not in", rank_);
+    MPI_Comm comm = MPI_COMM_NULL;
+    SHOAL_MPI(MPI_Comm_split(comm_, members[0], static_cast<int>(mine), &comm));
+    auto group = std::make_unique<MpiCommunicator>(comm, shared_memory_);
+    SHOAL_CHECK(group->size() == static_cast<int>(members.size()), "subgroup",
+                "the ranks disagree on who is in the group of rank {}", members[0]);
+    return group;
   }
 
  protected:
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
     if (barrier_ != nullptr) return AllReduceShared(pieces, op);
-    for (const View& piece : pieces) AllReduceMpi(piece, op);
+    const std::vector<int64_t> bounds = EqualBounds(pieces);
+    ReduceScatterMpi(pieces, bounds, op);
+    AllGatherMpi(pieces, bounds);
+  }
+
+  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    if (barrier_ == nullptr) return ReduceScatterMpi(pieces, bounds, ReduceOp::kSum);
+    // A chunk holds a part of every rank's share, so that all have sums to take in each. Who fills
+    // a buffer again has passed a barrier that all reached after reading it.
+    const int64_t width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
+    const int64_t part = kStagingBytes / width / size_;
+    std::vector<Cursor> in = Cursors(pieces, bounds);
+    Cursor out(pieces, bounds[static_cast<size_t>(rank_)]);
+    std::vector<const void*> sources(static_cast<size_t>(size_));
+    std::vector<char> sums(static_cast<size_t>(part * width));
+    for (int64_t at = 0; at < LongestShare(bounds); at += part, buffer_ ^= 1) {
+      for (int r = 0; r < size_; ++r)
+        in[static_cast<size_t>(r)].CopyIn(PartOf(bounds, r, at, part),
+                                          Staging(rank_, buffer_) + r * part * width);
+      barrier_->Wait(size_);
+      const int64_t n = PartOf(bounds, rank_, at, part);
+      for (int r = 0; r < size_; ++r)
+        sources[static_cast<size_t>(r)] = Staging(r, buffer_) + rank_ * part * width;
+      if (n > 0) ReduceArrays(pieces[0].dtype, ReduceOp::kSum, sources, sums.data(), n);
+      out.CopyOut(n, sums.data());
+    }
+  }
+
+  void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    if (barrier_ == nullptr) return AllGatherMpi(pieces, bounds);
+    const int64_t part = kStagingBytes / static_cast<int64_t>(SizeOf(pieces[0].dtype));
+    std::vector<Cursor> cursors = Cursors(pieces, bounds);
+    for (int64_t at = 0; at < LongestShare(bounds); at += part, buffer_ ^= 1) {
+      cursors[static_cast<size_t>(rank_)].CopyIn(PartOf(bounds, rank_, at, part),
+                                                 Staging(rank_, buffer_));
+      barrier_->Wait(size_);
+      for (int step = 1; step < size_; ++step) {
+        const int r = (rank_ + step) % size_;
+        cursors[static_cast<size_t>(r)].CopyOut(PartOf(bounds, r, at, part), Staging(r, buffer_));
+      }
+    }
+  }
+
+  void DoAllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
+                  std::span<const int64_t> receive_counts) override {
+    const std::vector<int64_t> from = Offsets(send_counts), to = Offsets(receive_counts);
+    const int64_t width = static_cast<int64_t>(SizeOf(send.dtype));
+    if (barrier_ == nullptr) {
+      return MoveMpi(
+          from, to, width,
+          [&](int64_t first, int64_t n, char* out) {
+            std::memcpy(out, send.as<char>() + first * width, static_cast<size_t>(n * width));
+          },
+          [&](int, int64_t first, int64_t n, const char* in) {
+            std::memcpy(receive.as<char>() + first * width, in, static_cast<size_t>(n * width));
+          });
+    }
+    const int64_t part = kStagingBytes / width / size_;
+    const int64_t longest = MaxOverRanks(std::max(LongestShare(from), LongestShare(to)));
+    for (int64_t at = 0; at < longest; at += part, buffer_ ^= 1) {
+      for (int r = 0; r < size_; ++r) {
+        const int64_t n = PartOf(from, r, at, part);
+        if (n > 0)
+          std::memcpy(Staging(rank_, buffer_) + r * part * width,
+                      send.as<char>() + (from[static_cast<size_t>(r)] + at) * width,
+                      static_cast<size_t>(n * width));
+      }
+      barrier_->Wait(size_);
+      for (int r = 0; r < size_; ++r) {
+        const int64_t n = PartOf(to, r, at, part);
+        if (n > 0)
+          std::memcpy(receive.as<char>() + (to[static_cast<size_t>(r)] + at) * width,
+                      Staging(r, buffer_) + rank_ * part * width, static_cast<size_t>(n * width));
+      }
+    }
   }
 
   void DoBroadcast(const View& data, int root) override {
-    constexpr int64_t kStep = int64_t{1} << 30;  // MPI counts are int
-    const int64_t bytes = static_cast<int64_t>(data.bytes());
-    for (int64_t at = 0; at < bytes; at += kStep) {
-      const int n = static_cast<int>(std::min(kStep, bytes - at));
-      SHOAL_MPI(MPI_Bcast(data.as<char>() + at, n, MPI_BYTE, root, MPI_COMM_WORLD));
-    }
+    ForSteps(data, [&](void* at, int n) { SHOAL_MPI(MPI_Bcast(at, n, MPI_BYTE, root, comm_)); });
+  }
+  void DoSend(const View& data, int to) override {
+    ForSteps(data, [&](void* at, int n) { SHOAL_MPI(MPI_Send(at, n, MPI_BYTE, to, 0, comm_)); });
+  }
+  void DoReceive(const View& data, int from) override {
+    ForSteps(data, [&](void* at, int n) {
+      MPI_Status status;
+      SHOAL_MPI(MPI_Recv(at, n, MPI_BYTE, from, 0, comm_, &status));
+      int got = 0;
+      SHOAL_MPI(MPI_Get_count(&status, MPI_BYTE, &got));
+      SHOAL_CHECK(got == n, "receive", "rank {} sent {} bytes, not {}", from, got, n);
+    });
   }
 
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
     const size_t ranks = static_cast<size_t>(size_);
     std::vector<int> lengths(ranks), offsets(ranks);
     const int length = static_cast<int>(std::min<size_t>(mine.size(), INT_MAX));
-    SHOAL_MPI(MPI_Allgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD));
+    SHOAL_MPI(MPI_Allgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, comm_));
     // All see the same lengths, so all refuse what MPI's counts cannot say.
     const int64_t total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
     SHOAL_CHECK(total < INT_MAX, "all-gather", "the ranks' strings have {} bytes or more", total);
     for (size_t r = 1; r < ranks; ++r) offsets[r] = offsets[r - 1] + lengths[r - 1];
     std::string joined(static_cast<size_t>(offsets.back() + lengths.back()), '\0');
     SHOAL_MPI(MPI_Allgatherv(mine.data(), length, MPI_BYTE, joined.data(), lengths.data(),
-                             offsets.data(), MPI_BYTE, MPI_COMM_WORLD));
+                             offsets.data(), MPI_BYTE, comm_));
     std::vector<std::string> all;
     for (size_t r = 0; r < ranks; ++r) {
       all.push_back(
@@ -133,8 +254,7 @@ class MpiCommunicator : public Communicator {
   // sums.
   void OpenWindow() {
     MPI_Comm node = MPI_COMM_NULL;
-    SHOAL_MPI(
-        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node));
+    SHOAL_MPI(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node));
     int node_size = 0;
     SHOAL_MPI(MPI_Comm_size(node, &node_size));
     if (node_size == size_) {
@@ -165,48 +285,143 @@ class MpiCommunicator : public Communicator {
     std::vector<const void*> sources(static_cast<size_t>(size_));
     int64_t total = 0;
     for (const View& piece : pieces) total += piece.numel();
-    Cursor in(pieces, width), out(pieces, width);
+    Cursor in(pieces), out(pieces);
     for (int64_t begin = 0; begin < total; begin += chunk, buffer_ ^= 1) {
       const int64_t n = std::min(chunk, total - begin);
-      in.Move(n, [&](const char* memory, int64_t at, int64_t bytes) {
-        std::memcpy(Staging(rank_, buffer_) + at, memory, static_cast<size_t>(bytes));
-      });
+      in.CopyIn(n, Staging(rank_, buffer_));
       barrier_->Wait(size_);
       const int64_t from = n * rank_ / size_, to = n * (rank_ + 1) / size_;
       for (int r = 0; r < size_; ++r)
         sources[static_cast<size_t>(r)] = Staging(r, buffer_) + from * width;
       if (to > from) ReduceArrays(dtype, op, sources, Sums(buffer_) + from * width, to - from);
       barrier_->Wait(size_);
-      out.Move(n, [&](char* memory, int64_t at, int64_t bytes) {
-        std::memcpy(memory, Sums(buffer_) + at, static_cast<size_t>(bytes));
-      });
+      out.CopyOut(n, Sums(buffer_));
     }
   }
 
-  void AllReduceMpi(const View& piece, ReduceOp op) {
-    const MPI_Op mpi_op = op == ReduceOp::kSum ? MPI_SUM : MPI_MAX;
-    constexpr int64_t kStep = int64_t{1} << 22;
-    std::vector<float> wide;
-    for (int64_t at = 0; at < piece.numel(); at += kStep) {
-      const int n = static_cast<int>(std::min(kStep, piece.numel() - at));
-      if (piece.dtype == DType::kF64) {
-        SHOAL_MPI(MPI_Allreduce(MPI_IN_PLACE, piece.as<double>() + at, n, MPI_DOUBLE, mpi_op,
-                                MPI_COMM_WORLD));
-      } else if (piece.dtype == DType::kF32) {
-        SHOAL_MPI(MPI_Allreduce(MPI_IN_PLACE, piece.as<float>() + at, n, MPI_FLOAT, mpi_op,
-                                MPI_COMM_WORLD));
-      } else {
-        SHOAL_CHECK(piece.dtype == DType::kBF16, "all-reduce", "no sums of {}", Name(piece.dtype));
-        BF16* values = piece.as<BF16>() + at;
-        wide.resize(static_cast<size_t>(n));
-        for (int i = 0; i < n; ++i) wide[static_cast<size_t>(i)] = static_cast<float>(values[i]);
-        SHOAL_MPI(MPI_Allreduce(MPI_IN_PLACE, wide.data(), n, MPI_FLOAT, mpi_op, MPI_COMM_WORLD));
-        for (int i = 0; i < n; ++i) values[i] = BF16(wide[static_cast<size_t>(i)]);
+  // `data` in steps whose sizes MPI can count.
+  template <class F>
+  static void ForSteps(const View& data, F&& f) {
+    constexpr int64_t kStep = int64_t{1} << 30;
+    const int64_t bytes = static_cast<int64_t>(data.bytes());
+    int64_t at = 0;
+    do {
+      const int64_t n = std::min(kStep, bytes - at);
+      f(data.as<char>() + at, static_cast<int>(n));
+      at += n;
+    } while (at < bytes);
+  }
+
+  // Shares between `bounds`, in steps.
+  static std::vector<Cursor> Cursors(std::span<const View> pieces,
+                                     std::span<const int64_t> bounds) {
+    std::vector<Cursor> cursors;
+    for (const int64_t begin : bounds.first(bounds.size() - 1)) cursors.emplace_back(pieces, begin);
+    return cursors;
+  }
+  static int64_t LongestShare(std::span<const int64_t> bounds) {
+    int64_t longest = 0;
+    for (size_t r = 1; r < bounds.size(); ++r)
+      longest = std::max(longest, bounds[r] - bounds[r - 1]);
+    return longest;
+  }
+  // Elements of rank r's share that lie in its [at, at + part).
+  static int64_t PartOf(std::span<const int64_t> bounds, int r, int64_t at, int64_t part) {
+    const int64_t share = bounds[static_cast<size_t>(r) + 1] - bounds[static_cast<size_t>(r)];
+    return std::clamp<int64_t>(share - at, 0, part);
+  }
+  static std::vector<int64_t> Offsets(std::span<const int64_t> counts) {
+    std::vector<int64_t> offsets = {0};
+    for (const int64_t count : counts) offsets.push_back(offsets.back() + count);
+    return offsets;
+  }
+  std::vector<int64_t> EqualBounds(std::span<const View> pieces) const {
+    int64_t n = 0;
+    for (const View& piece : pieces) n += piece.numel();
+    std::vector<int64_t> bounds;
+    for (int r = 0; r <= size_; ++r) bounds.push_back(ShardBegin(n, r, size_));
+    return bounds;
+  }
+  int64_t MaxOverRanks(int64_t value) const {
+    int64_t most = 0;
+    SHOAL_MPI(MPI_Allreduce(&value, &most, 1, MPI_INT64_T, MPI_MAX, comm_));
+    return most;
+  }
+
+  // Bytes from every rank to every rank, a part at a time: read(first, n, to) fetches n elements of
+  // what this rank sends, in which rank r's share begins at from[r]; write(r, first, n, data)
+  // receives rank r's n elements for the place that begins at to[r].
+  template <class Read, class Write>
+  void MoveMpi(std::span<const int64_t> from, std::span<const int64_t> to, int64_t width,
+               Read&& read, Write&& write) const {
+    const int64_t part = kStagingBytes / width;
+    const size_t ranks = static_cast<size_t>(size_);
+    std::vector<char> out(ranks * kStagingBytes), in(ranks * kStagingBytes);
+    std::vector<int> out_counts(ranks), in_counts(ranks), offsets(ranks);
+    for (size_t r = 0; r < ranks; ++r) offsets[r] = static_cast<int>(r * kStagingBytes);
+    const int64_t longest = MaxOverRanks(std::max(LongestShare(from), LongestShare(to)));
+    for (int64_t at = 0; at < longest; at += part) {
+      for (int r = 0; r < size_; ++r) {
+        const auto i = static_cast<size_t>(r);
+        const int64_t n = PartOf(from, r, at, part);
+        if (n > 0) read(from[i] + at, n, out.data() + offsets[i]);
+        out_counts[i] = static_cast<int>(n * width);
+        in_counts[i] = static_cast<int>(PartOf(to, r, at, part) * width);
+      }
+      SHOAL_MPI(MPI_Alltoallv(out.data(), out_counts.data(), offsets.data(), MPI_BYTE, in.data(),
+                              in_counts.data(), offsets.data(), MPI_BYTE, comm_));
+      for (int r = 0; r < size_; ++r) {
+        const auto i = static_cast<size_t>(r);
+        const int64_t n = PartOf(to, r, at, part);
+        if (n > 0) write(r, to[i] + at, n, in.data() + offsets[i]);
       }
     }
   }
 
+  // Every rank sends each its share, and the owner adds them up in rank order.
+  void ReduceScatterMpi(std::span<const View> pieces, std::span<const int64_t> bounds,
+                        ReduceOp op) const {
+    const DType dtype = pieces[0].dtype;
+    const int64_t width = static_cast<int64_t>(SizeOf(dtype));
+    const int64_t mine = bounds[static_cast<size_t>(rank_)];
+    const int64_t n = bounds[static_cast<size_t>(rank_) + 1] - mine;
+    // What arrives is laid out as one share per rank.
+    std::vector<int64_t> to;
+    for (int64_t r = 0; r <= size_; ++r) to.push_back(r * n);
+    std::vector<char> parts;
+    std::vector<const void*> sources;
+    MoveMpi(
+        bounds, to, width,
+        [&](int64_t first, int64_t count, char* out) { Cursor(pieces, first).CopyIn(count, out); },
+        [&](int r, int64_t first, int64_t count, const char* in) {
+          sources.push_back(in);
+          if (r + 1 < size_) return;
+          parts.resize(static_cast<size_t>(count * width));
+          ReduceArrays(dtype, op, sources, parts.data(), count);
+          Cursor(pieces, mine + first - to[static_cast<size_t>(r)]).CopyOut(count, parts.data());
+          sources.clear();
+        });
+  }
+
+  void AllGatherMpi(std::span<const View> pieces, std::span<const int64_t> bounds) const {
+    const int64_t width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
+    const int64_t mine = bounds[static_cast<size_t>(rank_)];
+    const int64_t n = bounds[static_cast<size_t>(rank_) + 1] - mine;
+    std::vector<int64_t> from;  // the same share for each
+    for (int64_t r = 0; r <= size_; ++r) from.push_back(r * n);
+    MoveMpi(
+        from, bounds, width,
+        [&](int64_t first, int64_t count, char* out) {
+          Cursor(pieces, mine + first % n).CopyIn(count, out);
+        },
+        [&](int r, int64_t first, int64_t count, const char* in) {
+          if (r != rank_) Cursor(pieces, first).CopyOut(count, in);
+        });
+  }
+
   static constexpr int64_t kHeader = 4096;
+  MPI_Comm comm_;
+  bool shared_memory_;
   int rank_ = 0, size_ = 1;
   std::string host_;
   MPI_Win window_ = MPI_WIN_NULL;
@@ -217,7 +432,10 @@ class MpiCommunicator : public Communicator {
 
 }  // namespace
 
-std::unique_ptr<Communicator> MakeMpiCommunicator() { return std::make_unique<MpiCommunicator>(); }
+std::unique_ptr<Communicator> MakeMpiCommunicator(bool shared_memory) {
+  Runtime();
+  return std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, shared_memory);
+}
 
 std::string MpiDescription() {
   char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
@@ -233,7 +451,7 @@ std::string MpiDescription() {
 
 namespace shoal {
 
-std::unique_ptr<Communicator> MakeMpiCommunicator() {
+std::unique_ptr<Communicator> MakeMpiCommunicator(bool) {
   SHOAL_FAIL(
       ErrorKind::kConfig, "mpi",
       "this build has no MPI; use --local-ranks N, or install libopenmpi-dev and build again");

@@ -1,5 +1,6 @@
 // Ranks as threads of one process. Buffers are read in place: an all-reduce makes no copies.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -15,89 +16,254 @@
 namespace shoal {
 namespace {
 
-struct Group {
-  explicit Group(int ranks)
-      : size(ranks), pieces(static_cast<size_t>(ranks)), strings(static_cast<size_t>(ranks)) {}
+class Family;
 
+// What one rank brought to the collective in progress.
+struct Offer {
+  std::span<const View> pieces;
+  std::span<const int64_t> bounds;  // or counts
+};
+
+// One message on its way: null again once it has been read.
+struct Mailbox {
+  std::atomic<const View*> message = nullptr;
+};
+
+struct Group {
+  Group(Family& all, int ranks)
+      : family(all),
+        size(ranks),
+        offers(static_cast<size_t>(ranks)),
+        strings(static_cast<size_t>(ranks)),
+        subgroups(static_cast<size_t>(ranks)),
+        mailboxes(static_cast<size_t>(ranks) * static_cast<size_t>(ranks)) {}
+
+  Family& family;
   int size;
   SharedBarrier barrier = {};
-  std::vector<std::span<const View>>
-      pieces;  // what each rank brought to the collective in progress
+  std::vector<Offer> offers;
   std::vector<std::string> strings;
+  std::vector<std::shared_ptr<Group>> subgroups;  // being handed out, by their first member
+  std::vector<Mailbox> mailboxes;                 // from, to
 };
+
+// All groups of a run: a rank's failure ends the waiting in each.
+class Family {
+ public:
+  std::shared_ptr<Group> Make(int ranks) {
+    auto group = std::make_shared<Group>(*this, ranks);
+    const std::lock_guard lock(mutex_);
+    group->barrier.aborted = failed_;
+    groups_.push_back(group);
+    return group;
+  }
+  void Abort(int rank) {
+    const std::lock_guard lock(mutex_);
+    if (failed_ == 0) failed_ = rank + 1;
+    for (const auto& weak : groups_) {
+      if (const auto group = weak.lock()) group->barrier.aborted = failed_;
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<Group>> groups_;
+  int failed_ = 0;
+};
+
+// Where the elements [begin, end) of the pieces' concatenation lie: f(piece, first, count).
+template <class F>
+void ForRange(std::span<const View> pieces, int64_t begin, int64_t end, F&& f) {
+  int64_t at = 0;
+  for (size_t p = 0; p < pieces.size(); ++p) {
+    const int64_t n = pieces[p].numel();
+    const int64_t from = std::max(begin, at), to = std::min(end, at + n);
+    if (from < to) f(p, from - at, to - from);
+    at += n;
+  }
+}
 
 class ThreadCommunicator : public Communicator {
  public:
-  ThreadCommunicator(Group& group, int rank) : group_(group), rank_(rank) {}
+  ThreadCommunicator(std::shared_ptr<Group> group, int rank, int world_rank)
+      : group_(std::move(group)), rank_(rank), world_rank_(world_rank) {}
   int rank() const override { return rank_; }
-  int size() const override { return group_.size; }
+  int size() const override { return group_->size; }
   std::string host() const override { return MakeSelfCommunicator()->host(); }
-  void Barrier() override { group_.barrier.Wait(group_.size); }
-  void Abort(int) override {
-    int none = 0;
-    group_.barrier.aborted.compare_exchange_strong(none, rank_ + 1);
+  void Barrier() override { group_->barrier.Wait(group_->size); }
+  void Abort(int) override { group_->family.Abort(world_rank_); }
+
+  std::unique_ptr<Communicator> Subgroup(std::span<const int> members) override {
+    const auto mine = std::find(members.begin(), members.end(), rank_) - members.begin();
+    SHOAL_CHECK(mine < static_cast<std::ptrdiff_t>(members.size()), "subgroup",
+                "rank {} asks for a group that it is not in", rank_);
+    // The first member makes it and puts it where the others find it.
+    std::shared_ptr<Group>& own = group_->subgroups[static_cast<size_t>(rank_)];
+    if (mine == 0) own = group_->family.Make(static_cast<int>(members.size()));
+    Barrier();
+    std::shared_ptr<Group> group = group_->subgroups[static_cast<size_t>(members[0])];
+    group_->barrier.WaitForAll(group_->size);
+    own = nullptr;
+    SHOAL_CHECK(group != nullptr && group->size == static_cast<int>(members.size()), "subgroup",
+                "the ranks disagree on who is in the group of rank {}", members[0]);
+    return std::make_unique<ThreadCommunicator>(std::move(group), static_cast<int>(mine),
+                                                world_rank_);
   }
 
  protected:
   // Each rank sums its slice over all ranks' buffers and writes the sum into all of them: the
-  // slices are disjoint, so nobody reads what another has overwritten. Between the two barriers
-  // nothing throws, for the others are reading this rank's buffers.
+  // slices are disjoint, so nobody reads what another has overwritten.
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
-    std::vector<const void*> sources(static_cast<size_t>(group_.size));
-    group_.pieces[static_cast<size_t>(rank_)] = pieces;
-    Barrier();
-    const bool alike = Alike();
-    for (size_t p = 0; alike && p < pieces.size(); ++p) {
-      const auto width = static_cast<int64_t>(SizeOf(pieces[p].dtype));
-      const int64_t n = pieces[p].numel();
-      const int64_t begin = n * rank_ / group_.size, end = n * (rank_ + 1) / group_.size;
-      if (begin == end) continue;
-      const auto at = [&](int r) {
-        return group_.pieces[static_cast<size_t>(r)][p].as<char>() + begin * width;
-      };
-      for (int r = 0; r < group_.size; ++r) sources[static_cast<size_t>(r)] = at(r);
-      ReduceArrays(pieces[p].dtype, op, sources, at(rank_), end - begin);
-      for (int r = 0; r < group_.size; ++r) {
-        if (r != rank_) std::memcpy(at(r), at(rank_), static_cast<size_t>((end - begin) * width));
+    Together("all-reduce", {pieces, {}}, [&] {
+      for (size_t p = 0; p < pieces.size(); ++p) {
+        const int64_t n = pieces[p].numel();
+        const int64_t begin = ShardBegin(n, rank_, size()), end = ShardBegin(n, rank_ + 1, size());
+        ReduceInto(pieces, p, begin, end - begin, op);
+        for (int r = 0; r < size(); ++r) {
+          if (r != rank_ && begin < end)
+            std::memcpy(At(r, p, begin), At(rank_, p, begin), Bytes(pieces, end - begin));
+        }
       }
+    });
+  }
+
+  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    Together("reduce-scatter", {pieces, bounds}, [&] {
+      ForRange(pieces, bounds[static_cast<size_t>(rank_)], bounds[static_cast<size_t>(rank_) + 1],
+               [&](size_t p, int64_t first, int64_t count) {
+                 ReduceInto(pieces, p, first, count, ReduceOp::kSum);
+               });
+    });
+  }
+
+  void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    Together("all-gather", {pieces, bounds}, [&] {
+      for (int step = 1; step < size(); ++step) {  // each rank reads another at a time
+        const int r = (rank_ + step) % size();
+        ForRange(pieces, bounds[static_cast<size_t>(r)], bounds[static_cast<size_t>(r) + 1],
+                 [&](size_t p, int64_t first, int64_t count) {
+                   std::memcpy(At(rank_, p, first), At(r, p, first), Bytes(pieces, count));
+                 });
+      }
+    });
+  }
+
+  void DoAllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
+                  std::span<const int64_t> receive_counts) override {
+    Of(rank_) = {std::span(&send, 1), send_counts};
+    Barrier();
+    bool alike = true;
+    char* to = receive.as<char>();
+    for (int r = 0; r < size(); ++r) {
+      const View& from = Of(r).pieces[0];
+      const std::span<const int64_t> counts = Of(r).bounds;
+      const int64_t count = receive_counts[static_cast<size_t>(r)];
+      alike = alike && from.dtype == send.dtype && counts[static_cast<size_t>(rank_)] == count;
+      if (!alike) break;
+      int64_t first = 0;
+      for (int before = 0; before < rank_; ++before) first += counts[static_cast<size_t>(before)];
+      const size_t bytes = static_cast<size_t>(count) * SizeOf(send.dtype);
+      if (bytes > 0)
+        std::memcpy(to, from.as<char>() + static_cast<size_t>(first) * SizeOf(send.dtype), bytes);
+      to += bytes;
     }
-    group_.barrier.WaitForAll(group_.size);
-    SHOAL_CHECK(alike, "all-reduce", "the ranks brought arrays of different sizes or dtypes");
+    group_->barrier.WaitForAll(size());
+    SHOAL_CHECK(alike, "all-to-all", "the ranks brought different counts or dtypes");
   }
 
   void DoBroadcast(const View& data, int root) override {
-    group_.pieces[static_cast<size_t>(rank_)] = std::span(&data, 1);
-    Barrier();
-    const bool alike = Alike();
-    const View& source = group_.pieces[static_cast<size_t>(root)][0];
-    if (alike && rank_ != root) std::memcpy(data.data, source.data, data.bytes());
-    group_.barrier.WaitForAll(group_.size);
-    SHOAL_CHECK(alike, "broadcast", "the ranks brought arrays of different sizes or dtypes");
+    Together("broadcast", {std::span(&data, 1), {}}, [&] {
+      if (rank_ != root) std::memcpy(data.data, At(root, 0, 0), data.bytes());
+    });
+  }
+
+  void DoSend(const View& data, int to) override {
+    std::atomic<const View*>& message = Box(rank_, to);
+    message.store(&data, std::memory_order_release);
+    const auto taken = [&] { return message.load(std::memory_order_acquire) == nullptr; };
+    try {
+      group_->barrier.WaitUntil(taken);
+    } catch (const PeerFailed&) {
+      // Taken back, unless the other is reading it just now.
+      const View* mine = &data;
+      if (message.compare_exchange_strong(mine, nullptr)) throw;
+      group_->barrier.SpinUntil(taken);
+    }
+  }
+
+  void DoReceive(const View& data, int from) override {
+    static const View kReading;
+    std::atomic<const View*>& message = Box(from, rank_);
+    const View* sent = nullptr;
+    group_->barrier.WaitUntil([&] {
+      sent = message.load(std::memory_order_acquire);
+      return sent != nullptr && message.compare_exchange_strong(sent, &kReading);
+    });
+    const bool alike = sent->dtype == data.dtype && sent->numel() == data.numel();
+    if (alike && data.bytes() > 0) std::memcpy(data.data, sent->data, data.bytes());
+    const int64_t elements = sent->numel();
+    const DType dtype = sent->dtype;
+    message.store(nullptr, std::memory_order_release);
+    SHOAL_CHECK(alike, "receive", "rank {} sent {} {}, not {} {}", from, elements, Name(dtype),
+                data.numel(), Name(data.dtype));
   }
 
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
-    group_.strings[static_cast<size_t>(rank_)] = mine;
+    group_->strings[static_cast<size_t>(rank_)] = mine;
     Barrier();
-    std::vector<std::string> all = group_.strings;
-    group_.barrier.WaitForAll(group_.size);
+    std::vector<std::string> all = group_->strings;
+    group_->barrier.WaitForAll(group_->size);
     return all;
   }
 
  private:
-  // Whether all ranks brought the same to this collective: the same answer on every rank.
-  bool Alike() const {
-    const std::span<const View> first = group_.pieces[0];
-    return std::all_of(group_.pieces.begin(), group_.pieces.end(),
-                       [&](std::span<const View> other) {
-                         return std::equal(first.begin(), first.end(), other.begin(), other.end(),
-                                           [](const View& a, const View& b) {
-                                             return a.dtype == b.dtype && a.numel() == b.numel();
-                                           });
-                       });
+  Offer& Of(int r) const { return group_->offers[static_cast<size_t>(r)]; }
+  std::atomic<const View*>& Box(int from, int to) const {
+    return group_->mailboxes[static_cast<size_t>(from * size() + to)].message;
+  }
+  char* At(int r, size_t piece, int64_t element) const {
+    const View& v = Of(r).pieces[piece];
+    return v.as<char>() + element * static_cast<int64_t>(SizeOf(v.dtype));
+  }
+  static size_t Bytes(std::span<const View> pieces, int64_t count) {
+    return static_cast<size_t>(count) * SizeOf(pieces[0].dtype);
   }
 
-  Group& group_;
-  int rank_;
+  // Runs `work` between two barriers, when all ranks have brought alike. Nothing in between throws,
+  // for the others are reading this rank's buffers.
+  template <class F>
+  void Together(const char* name, const Offer& mine, F&& work) {
+    Of(rank_) = mine;
+    Barrier();
+    const bool alike = Alike();
+    if (alike) work();
+    group_->barrier.WaitForAll(size());
+    SHOAL_CHECK(alike, name, "the ranks brought arrays of different sizes, dtypes or bounds");
+  }
+
+  // Whether all ranks brought the same to this collective: the same answer on every rank.
+  bool Alike() const {
+    const Offer& first = Of(0);
+    return std::all_of(group_->offers.begin(), group_->offers.end(), [&](const Offer& o) {
+      return std::equal(first.pieces.begin(), first.pieces.end(), o.pieces.begin(), o.pieces.end(),
+                        [](const View& a, const View& b) {
+                          return a.dtype == b.dtype && a.numel() == b.numel();
+                        }) &&
+             std::equal(first.bounds.begin(), first.bounds.end(), o.bounds.begin(), o.bounds.end());
+    });
+  }
+
+  // Elements [first, first + count) of this rank's piece p = op over the ranks.
+  void ReduceInto(std::span<const View> pieces, size_t p, int64_t first, int64_t count,
+                  ReduceOp op) const {
+    if (count == 0) return;
+    std::vector<const void*> sources(static_cast<size_t>(size()));
+    for (int r = 0; r < size(); ++r) sources[static_cast<size_t>(r)] = At(r, p, first);
+    ReduceArrays(pieces[p].dtype, op, sources, At(rank_, p, first), count);
+  }
+
+  std::shared_ptr<Group> group_;
+  int rank_, world_rank_;
 };
 
 }  // namespace
@@ -105,14 +271,15 @@ class ThreadCommunicator : public Communicator {
 void RunThreadRanks(int ranks, int threads_per_rank, const std::function<void(Communicator&)>& f) {
   SHOAL_CHECK(ranks >= 1, "thread ranks", "{} ranks", ranks);
   if (threads_per_rank == 0) threads_per_rank = std::max(1, KernelThreads() / ranks);
-  Group group(ranks);
+  Family family;
+  const std::shared_ptr<Group> world = family.Make(ranks);
   std::mutex mutex;
   std::exception_ptr first, peer;
   std::vector<std::thread> threads;
   const auto run = [&](int rank) {
     SetThreadRank(rank);
     SetKernelThreads(threads_per_rank);
-    ThreadCommunicator communicator(group, rank);
+    ThreadCommunicator communicator(world, rank, rank);
     try {
       ExecutionContext context(Device{});
       const ContextScope scope(context);
@@ -135,7 +302,7 @@ void RunThreadRanks(int ranks, int threads_per_rank, const std::function<void(Co
   } catch (const std::system_error& e) {
     // Those that started wait for the others and must be let go before they are joined.
     const int missing = static_cast<int>(threads.size());
-    ThreadCommunicator(group, missing).Abort(0);
+    family.Abort(missing);
     for (std::thread& thread : threads) thread.join();
     SHOAL_FAIL(ErrorKind::kConfig, "thread ranks",
                "the system starts no more than {} of {} threads ({}); use fewer local ranks",

@@ -2,6 +2,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+
 namespace shoal {
 namespace {
 
@@ -15,11 +20,20 @@ class SelfCommunicator : public Communicator {
     return name;
   }
   void Barrier() override {}
+  std::unique_ptr<Communicator> Subgroup(std::span<const int>) override {
+    return MakeSelfCommunicator();
+  }
   void Abort(int) override {}
 
  protected:
   void DoAllReduce(std::span<const View>, ReduceOp) override {}
+  void DoReduceScatter(std::span<const View>, std::span<const int64_t>) override {}
+  void DoAllGather(std::span<const View>, std::span<const int64_t>) override {}
+  void DoAllToAll(const View&, std::span<const int64_t>, const View&,
+                  std::span<const int64_t>) override {}
   void DoBroadcast(const View&, int) override {}
+  void DoSend(const View&, int) override {}
+  void DoReceive(const View&, int) override {}
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override { return {mine}; }
 };
 
@@ -30,6 +44,11 @@ class MetaCommunicator : public SelfCommunicator {
   MetaCommunicator(int rank, int size) : rank_(rank), size_(size) {}
   int rank() const override { return rank_; }
   int size() const override { return size_; }
+  std::unique_ptr<Communicator> Subgroup(std::span<const int> members) override {
+    const auto mine = std::find(members.begin(), members.end(), rank_);
+    return MakeMetaCommunicator(static_cast<int>(mine - members.begin()),
+                                static_cast<int>(members.size()));
+  }
 
  protected:
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
@@ -40,41 +59,141 @@ class MetaCommunicator : public SelfCommunicator {
   int rank_, size_;
 };
 
-}  // namespace
-
-void Communicator::AllReduce(std::span<const View> pieces, ReduceOp op, Traffic traffic) {
-  if (size() == 1 || pieces.empty()) return;
-  const bool meta = pieces[0].device.type == DeviceType::kMeta;
+// Elements of contiguous arrays of one dtype in memory that this build of communicators can move.
+int64_t CheckPieces(const char* op, std::span<const View> pieces) {
   int64_t elements = 0;
   for (const View& piece : pieces) {
-    SHOAL_CHECK(piece.contiguous() && IsFloat(piece.dtype) && piece.dtype == pieces[0].dtype,
-                "all-reduce", "pieces must be contiguous and of one float dtype");
-    SHOAL_CHECK(meta || piece.device.type == DeviceType::kCpu, "all-reduce",
+    SHOAL_CHECK(piece.contiguous() && piece.dtype == pieces[0].dtype, op,
+                "pieces must be contiguous and of one dtype");
+    SHOAL_CHECK(piece.device.type == DeviceType::kCpu || piece.device.type == DeviceType::kMeta, op,
                 "this communicator moves host memory, not {}", Name(piece.device.type));
     elements += piece.numel();
   }
+  return elements;
+}
+
+void CheckFloat(const char* op, DType dtype) {
+  SHOAL_CHECK(IsFloat(dtype), op, "no sums of {}", Name(dtype));
+}
+
+std::vector<int64_t> Bounds(const char* op, std::span<const int64_t> given, int64_t elements,
+                            int size) {
+  std::vector<int64_t> bounds(given.begin(), given.end());
+  if (given.empty()) {
+    for (int r = 0; r <= size; ++r) bounds.push_back(ShardBegin(elements, r, size));
+  }
+  SHOAL_CHECK(static_cast<int>(bounds.size()) == size + 1 && bounds.front() == 0 &&
+                  bounds.back() == elements && std::is_sorted(bounds.begin(), bounds.end()),
+              op, "bounds of {} elements over {} ranks must rise from 0 to {}", elements, size,
+              elements);
+  return bounds;
+}
+
+}  // namespace
+
+bool Communicator::Count(int64_t bytes, Traffic traffic, const View& like) {
+  wire_bytes_[static_cast<int>(traffic)] += bytes;
+  return like.device.type != DeviceType::kMeta;
+}
+
+void Communicator::AllReduce(std::span<const View> pieces, ReduceOp op, Traffic traffic) {
+  if (size() == 1 || pieces.empty()) return;
+  const int64_t elements = CheckPieces("all-reduce", pieces);
+  CheckFloat("all-reduce", pieces[0].dtype);
   // Ring form: a rank sends every shard but its own to be summed, and then every sum but its
   // neighbour's.
-  const auto shard = [&](int r) { return elements * (r + 1) / size() - elements * r / size(); };
+  const auto shard = [&](int r) {
+    return ShardBegin(elements, r + 1, size()) - ShardBegin(elements, r, size());
+  };
   const int64_t sent = 2 * elements - shard(rank()) - shard((rank() + 1) % size());
-  wire_bytes_[static_cast<int>(traffic)] += sent * static_cast<int64_t>(SizeOf(pieces[0].dtype));
-  if (elements == 0 || meta) return;
+  const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
+  if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "AllReduce");
   DoAllReduce(pieces, op);
 }
 
+void Communicator::ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                                 Traffic traffic) {
+  if (size() == 1 || pieces.empty()) return;
+  const int64_t elements = CheckPieces("reduce-scatter", pieces);
+  CheckFloat("reduce-scatter", pieces[0].dtype);
+  const std::vector<int64_t> b = Bounds("reduce-scatter", bounds, elements, size());
+  const auto r = static_cast<size_t>(rank());
+  const int64_t sent = elements - (b[r + 1] - b[r]);
+  const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
+  if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
+  const KernelTimer timer(profile_, "ReduceScatter");
+  DoReduceScatter(pieces, b);
+}
+
+void Communicator::AllGather(std::span<const View> pieces, std::span<const int64_t> bounds,
+                             Traffic traffic) {
+  if (size() == 1 || pieces.empty()) return;
+  const int64_t elements = CheckPieces("all-gather", pieces);
+  const std::vector<int64_t> b = Bounds("all-gather", bounds, elements, size());
+  const auto next = static_cast<size_t>((rank() + 1) % size());
+  const int64_t sent = elements - (b[next + 1] - b[next]);
+  const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
+  if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
+  const KernelTimer timer(profile_, "AllGather");
+  DoAllGather(pieces, b);
+}
+
+void Communicator::AllToAll(const View& send, std::span<const int64_t> send_counts,
+                            const View& receive, std::span<const int64_t> receive_counts,
+                            Traffic traffic) {
+  const auto ranks = static_cast<size_t>(size());
+  SHOAL_CHECK(send_counts.size() == ranks && receive_counts.size() == ranks, "all-to-all",
+              "{} and {} counts for {} ranks", send_counts.size(), receive_counts.size(), ranks);
+  CheckPieces("all-to-all", std::array{send, receive});
+  const auto sum = [](std::span<const int64_t> counts) {
+    return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  };
+  const auto least = [](std::span<const int64_t> counts) {
+    return *std::min_element(counts.begin(), counts.end());
+  };
+  const auto me = static_cast<size_t>(rank());
+  SHOAL_CHECK(sum(send_counts) == send.numel() && sum(receive_counts) == receive.numel() &&
+                  least(send_counts) >= 0 && least(receive_counts) >= 0 &&
+                  send_counts[me] == receive_counts[me],
+              "all-to-all", "counts add up to {} and {} of {} and {} elements", sum(send_counts),
+              sum(receive_counts), send.numel(), receive.numel());
+  const auto width = static_cast<int64_t>(SizeOf(send.dtype));
+  if (!Count((send.numel() - send_counts[me]) * width, traffic, send)) return;
+  const KernelTimer timer(profile_, "AllToAll");
+  if (size() == 1) {
+    if (send.numel() > 0) std::memcpy(receive.data, send.data, send.bytes());
+    return;
+  }
+  DoAllToAll(send, send_counts, receive, receive_counts);
+}
+
 void Communicator::Broadcast(const View& data, int root, Traffic traffic) {
   if (size() == 1 || data.numel() == 0) return;
-  const bool meta = data.device.type == DeviceType::kMeta;
-  SHOAL_CHECK(data.contiguous() && (meta || data.device.type == DeviceType::kCpu), "broadcast",
-              "this communicator moves contiguous host memory");
+  CheckPieces("broadcast", std::span(&data, 1));
   // Along a ring: all ranks but the last pass it on.
-  if ((rank() - root + size()) % size() != size() - 1) {
-    wire_bytes_[static_cast<int>(traffic)] += static_cast<int64_t>(data.bytes());
-  }
-  if (meta) return;
+  const bool last = (rank() - root + size()) % size() == size() - 1;
+  if (!Count(last ? 0 : static_cast<int64_t>(data.bytes()), traffic, data)) return;
   const KernelTimer timer(profile_, "Broadcast");
   DoBroadcast(data, root);
+}
+
+void Communicator::Send(const View& data, int to, Traffic traffic) {
+  SHOAL_CHECK(to >= 0 && to < size() && to != rank(), "send", "rank {} to rank {} of {}", rank(),
+              to, size());
+  CheckPieces("send", std::span(&data, 1));
+  if (!Count(static_cast<int64_t>(data.bytes()), traffic, data)) return;
+  const KernelTimer timer(profile_, "Send");
+  DoSend(data, to);
+}
+
+void Communicator::Receive(const View& data, int from, Traffic traffic) {
+  SHOAL_CHECK(from >= 0 && from < size() && from != rank(), "receive", "rank {} from rank {} of {}",
+              rank(), from, size());
+  CheckPieces("receive", std::span(&data, 1));
+  if (!Count(0, traffic, data)) return;
+  const KernelTimer timer(profile_, "Receive");
+  DoReceive(data, from);
 }
 
 std::vector<std::string> Communicator::AllGatherStrings(const std::string& mine) {

@@ -1,6 +1,10 @@
 // A group of ranks and what they can do together. Every call is collective: all ranks of the group
 // make the same calls in the same order. Calls block until this rank's part is done and its buffers
-// may be used again. A group of one is the same code path and moves nothing.
+// may be used again; CommQueue runs them behind computation. A group of one is the same code path
+// and moves nothing.
+//
+// Several arrays count as one, their concatenation. Where each rank has a share of it, the shares
+// are ranges in rank order, equal but for rounding (ShardBegin) unless `bounds` says otherwise.
 //
 // Sums are taken in rank order in at least f32, so all ranks hold the same bits afterwards. When a
 // rank fails, Abort makes the others' calls throw instead of waiting for it.
@@ -20,6 +24,9 @@ namespace shoal {
 enum class ReduceOp { kSum, kMax };
 enum class Traffic { kData, kControl };  // tensors, or scalars that steer the run
 
+// Where the share of rank `rank` of `size` begins in n elements: rank = size gives n.
+inline int64_t ShardBegin(int64_t n, int rank, int size) { return n * rank / size; }
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -31,11 +38,31 @@ class Communicator {
   // sizes agree between the ranks.
   void AllReduce(std::span<const View> pieces, ReduceOp op = ReduceOp::kSum,
                  Traffic traffic = Traffic::kData);
+  // In place: afterwards this rank's share holds the sum over the ranks; the rest keeps what it
+  // was. `bounds`, if given, has size() + 1 offsets from 0 to the number of elements.
+  void ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds = {},
+                     Traffic traffic = Traffic::kData);
+  // In place: every rank's share, from where that rank holds it, to all. Any dtype.
+  void AllGather(std::span<const View> pieces, std::span<const int64_t> bounds = {},
+                 Traffic traffic = Traffic::kData);
+  // `send` holds send_counts[r] elements for each rank r, one after the other; they arrive in rank
+  // order in `receive`, receive_counts[r] from rank r. Any dtype.
+  void AllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
+                std::span<const int64_t> receive_counts, Traffic traffic = Traffic::kData);
   // `data` of `root` to all.
   void Broadcast(const View& data, int root, Traffic traffic = Traffic::kData);
+  // From one rank to another. Send may wait until the other receives; sizes and dtypes agree.
+  void Send(const View& data, int to, Traffic traffic = Traffic::kData);
+  void Receive(const View& data, int from, Traffic traffic = Traffic::kData);
   // Every rank's bytes to all, in rank order; lengths may differ. For small things: names, digests.
   std::vector<std::string> AllGatherStrings(const std::string& mine);
   virtual void Barrier() = 0;
+
+  // The group of `members` (ranks of this one, of which this rank is one) in their order. All ranks
+  // call it, each with its own group; the groups are disjoint. A failure in one is known to all.
+  virtual std::unique_ptr<Communicator> Subgroup(std::span<const int> members) = 0;
+  // Whether another thread of this rank may be in another communicator's call at the same time.
+  virtual bool concurrent() const { return true; }
 
   // Over one scalar; counted as control.
   double Sum(double value);
@@ -54,11 +81,20 @@ class Communicator {
 
  protected:
   virtual void DoAllReduce(std::span<const View> pieces, ReduceOp op) = 0;
+  // `bounds` is always given to these.
+  virtual void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) = 0;
+  virtual void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) = 0;
+  virtual void DoAllToAll(const View& send, std::span<const int64_t> send_counts,
+                          const View& receive, std::span<const int64_t> receive_counts) = 0;
   virtual void DoBroadcast(const View& data, int root) = 0;
+  virtual void DoSend(const View& data, int to) = 0;
+  virtual void DoReceive(const View& data, int from) = 0;
   virtual std::vector<std::string> DoAllGatherStrings(const std::string& mine) = 0;
 
  private:
   double Scalar(double value, ReduceOp op);
+  // Counts `bytes` as sent. True if there is anything to move.
+  bool Count(int64_t bytes, Traffic traffic, const View& like);
   int64_t wire_bytes_[2] = {};
   KernelProfile* profile_ = nullptr;
 };
@@ -81,7 +117,8 @@ std::unique_ptr<Communicator> MakeSelfCommunicator();
 void RunThreadRanks(int ranks, int threads_per_rank, const std::function<void(Communicator&)>& f);
 
 // All ranks that the launcher started; starts MPI on first use, and ends it with the process.
-std::unique_ptr<Communicator> MakeMpiCommunicator();
+// `shared_memory` false: as if the ranks did not share a host.
+std::unique_ptr<Communicator> MakeMpiCommunicator(bool shared_memory = true);
 std::string MpiDescription();  // the library's version; empty in a build without MPI
 
 }  // namespace shoal

@@ -18,9 +18,6 @@ void SharedBarrier::Wait(int ranks, bool abortable) {
   } while (!state.compare_exchange_weak(seen, next, std::memory_order_acq_rel));
   const uint64_t mine = seen / kGeneration;
   if (next / kGeneration != mine) return;
-  // Ranks may outnumber cores: after a short spin the core is given away, and after a while slept
-  // on.
-  constexpr int kSpins = 2000, kYields = 20000;
   for (int tries = 0;; ++tries) {
     uint64_t now = state.load(std::memory_order_acquire);
     if (now / kGeneration != mine) return;
@@ -33,12 +30,22 @@ void SharedBarrier::Wait(int ranks, bool abortable) {
       }
       return;
     }
-    if (tries >= kYields) {
-      const timespec pause = {0, 50000};
-      nanosleep(&pause, nullptr);
-    } else if (tries >= kSpins) {
-      sched_yield();
-    }
+    Pause(tries);
+  }
+}
+
+void SharedBarrier::ThrowIfAborted() {
+  const int failed = aborted.load(std::memory_order_acquire);
+  if (failed != 0) throw PeerFailed{failed - 1};
+}
+
+void SharedBarrier::Pause(int tries) {
+  constexpr int kSpins = 2000, kYields = 20000;
+  if (tries >= kYields) {
+    const timespec pause = {0, 50000};
+    nanosleep(&pause, nullptr);
+  } else if (tries >= kSpins) {
+    sched_yield();
   }
 }
 

@@ -19,9 +19,26 @@ struct SharedBarrier {
   // For the end of a collective, at which all who began it arrive: nobody may leave, by whatever
   // way, while another still reads his buffers. Does not throw.
   void WaitForAll(int ranks) { Wait(ranks, false); }
+  // Until `done()`, which another caller brings about; throws PeerFailed like Wait.
+  template <class F>
+  void WaitUntil(F&& done) {
+    for (int tries = 0; !done(); ++tries) {
+      ThrowIfAborted();
+      Pause(tries);
+    }
+  }
+  // The same for what is sure to come about soon. Does not throw.
+  template <class F>
+  static void SpinUntil(F&& done) {
+    for (int tries = 0; !done(); ++tries) Pause(tries);
+  }
 
  private:
   void Wait(int ranks, bool abortable);
+  void ThrowIfAborted();
+  // Ranks may outnumber cores: after a short spin the core is given away, and after a while slept
+  // on.
+  static void Pause(int tries);
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 

@@ -5,12 +5,12 @@
 
 namespace shoal::ops {
 
-Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool wide) {
   SHOAL_CHECK(weight.rank() == 2 && x.dim(-1) == weight.dim(1), "linear",
               "input {} does not fit weight {}", x.shape().ToString(), weight.shape().ToString());
   Dims shape = x.shape();
   shape[-1] = weight.dim(0);
-  Tensor out = Tensor::Empty(shape, x.dtype());
+  Tensor out = Tensor::Empty(shape, wide ? AccumulatorDType(x.dtype()) : x.dtype());
   kernels::Matmul(CurrentStream(), Rows(out).view(), Rows(x).view(), weight.view().Transposed(),
                   bias.view(), 0);
   return Record("linear", out, {x, weight, bias}, {x, weight}, [](GradContext& context) {

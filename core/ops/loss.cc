@@ -9,7 +9,7 @@ namespace shoal::ops {
 // The gradients are computed with the loss, while a chunk's logits are at hand, for an upstream
 // gradient of 1; backward scales them if it turns out to be another.
 Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& labels,
-                          double normalizer) {
+                          double normalizer, const kernels::VocabularyShare* share) {
   SHOAL_CHECK(x.dim(-1) == weight.dim(1) && labels.numel() * x.dim(-1) == x.numel(),
               "linear_cross_entropy", "x {}, weight {} and labels {} do not fit",
               x.shape().ToString(), weight.shape().ToString(), labels.shape().ToString());
@@ -18,11 +18,11 @@ Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& l
   Tensor dx, dweight;
   if (WantsGradient({x, weight})) {
     const Node* node = weight.node().get();
-    const DType dtype = node != nullptr && node->is_leaf()
-                            ? static_cast<const Leaf*>(node)->grad_dtype
-                            : weight.dtype();
-    dx = Tensor::Empty(x.shape(), x.dtype());
-    dweight = Tensor::Empty(weight.shape(), dtype, MemoryClass::kGradients);
+    const Leaf* leaf =
+        node != nullptr && node->is_leaf() ? static_cast<const Leaf*>(node) : nullptr;
+    dx = Tensor::Empty(x.shape(), share ? AccumulatorDType(x.dtype()) : x.dtype());
+    dweight = Tensor::Empty(weight.shape(), leaf ? leaf->grad_dtype : weight.dtype(),
+                            leaf ? leaf->memory_class : MemoryClass::kGradients);
   }
   Tensor loss = Tensor::Empty({1}, DType::kF64);
   {
@@ -30,6 +30,7 @@ Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& l
         Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()), MemoryClass::kWorkspace);
     kernels::LinearCrossEntropyOptions options;
     options.gradient_scale = 1 / normalizer;
+    options.share = share;
     kernels::LinearCrossEntropy(CurrentStream(), losses.view(),
                                 dx.defined() ? Rows(dx).view() : View(), dweight.view(), false,
                                 rows.view(), weight.view(), labels.Reshaped({-1}).view(), options);

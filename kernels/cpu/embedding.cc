@@ -29,7 +29,7 @@ void SumTokens(To* to, bool accumulate, const From* dout, const int32_t* tokens,
 // `tokens` are sorted by id, those of one id in order; those of row v end at ends[v].
 void EmbeddingBackwardImpl(const View& dtable, bool accumulate, const View& dout,
                            const int32_t* ends, const int32_t* tokens) {
-  const int64_t rows = dtable.dim(0), n = dtable.dim(1), count = dout.dim(0);
+  const int64_t rows = dtable.dim(0), n = dtable.dim(1);
   // Work before row v, in rows of n elements. It rises with v, so that threads take equal shares.
   const auto work = [=](int64_t v) { return (v ? ends[v - 1] : 0) + (accumulate ? 0 : v); };
   const auto row_at = [=](int64_t amount) {
@@ -40,7 +40,7 @@ void EmbeddingBackwardImpl(const View& dtable, bool accumulate, const View& dout
     }
     return low;
   };
-  const int64_t total = count + (accumulate ? 0 : rows);
+  const int64_t total = work(rows);
   VisitFloat(dtable.dtype, "EmbeddingBackward", [&](auto to_tag) {
     VisitFloat(dout.dtype, "EmbeddingBackward", [&](auto from_tag) {
       using To = typename decltype(to_tag)::type;
@@ -75,7 +75,7 @@ void CheckIds(const char* op, const View& table, const View& rows, const View& i
   CheckArray(op, "the rows", rows, {ids.dim(0), table.dim(1)}, rows.dtype);
   const auto* id = ids.as<const int32_t>();
   for (int64_t i = 0; i < ids.dim(0); ++i) {
-    if (id[i] < 0 || id[i] >= table.dim(0))
+    if ((id[i] < 0 && id[i] != kElsewhere) || id[i] >= table.dim(0))
       SHOAL_FAIL(ErrorKind::kData, op, "token {} has id {}, but the vocabulary is [0, {})", i,
                  id[i], table.dim(0));
   }
@@ -89,8 +89,14 @@ void Embedding(const Stream&, const View& out, const View& table, const View& id
   const int64_t bytes = table.dim(1) * static_cast<int64_t>(SizeOf(table.dtype));
   const auto* id = ids.as<const int32_t>();
   ParallelFor(ids.dim(0), out.numel(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::memcpy(out.as<char>() + i * bytes, table.as<const char>() + id[i] * bytes, bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      char* to = out.as<char>() + i * bytes;
+      if (id[i] == kElsewhere) {
+        std::memset(to, 0, static_cast<size_t>(bytes));
+      } else {
+        std::memcpy(to, table.as<const char>() + id[i] * bytes, static_cast<size_t>(bytes));
+      }
+    }
   });
 }
 
@@ -105,9 +111,11 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
   int32_t* tokens = next + rows + 1;
   const auto* id = ids.as<const int32_t>();
   std::fill_n(next, rows + 1, 0);
-  for (int64_t i = 0; i < count; ++i) ++next[id[i] + 1];
+  for (int64_t i = 0; i < count; ++i)
+    if (id[i] != kElsewhere) ++next[id[i] + 1];
   for (int64_t v = 0; v < rows; ++v) next[v + 1] += next[v];
-  for (int64_t i = 0; i < count; ++i) tokens[next[id[i]]++] = static_cast<int32_t>(i);
+  for (int64_t i = 0; i < count; ++i)
+    if (id[i] != kElsewhere) tokens[next[id[i]]++] = static_cast<int32_t>(i);
   HWY_DYNAMIC_DISPATCH(EmbeddingBackwardImpl)(dtable, accumulate, dout, next, tokens);
 }
 

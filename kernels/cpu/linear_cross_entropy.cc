@@ -31,7 +31,7 @@ struct Block {
   const int32_t* labels;       // [rows], none ignored
 };
 
-// What is known of a row after the blocks so far.
+// What is known of a row after the blocks so far; also a row of VocabularyShare::merge.
 struct Row {
   double max = -std::numeric_limits<double>::infinity();
   double sum = 0;  // of e^(logit - max)
@@ -198,7 +198,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   CheckArray(kOp, "w", w, {vocab, depth}, type);
   CheckArray(kOp, "labels", labels, {tokens}, DType::kI32);
   CheckArray(kOp, "losses", losses, {tokens}, sum_type);
-  if (dx) CheckArray(kOp, "dx", dx, {tokens, depth}, type);
+  if (dx) CheckArray(kOp, "dx", dx, {tokens, depth}, dx.dtype == sum_type ? sum_type : type);
   if (dw) CheckArray(kOp, "dw", dw, {vocab, depth}, dw.dtype == sum_type ? sum_type : type);
   SHOAL_CHECK(IsFloat(type) && type != DType::kF16, kOp, "computes in f64, f32 or bf16, not {}",
               Name(type));
@@ -206,14 +206,16 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
 
   const Scratch valid_memory(stream, sizeof(int32_t) * 2 * static_cast<size_t>(tokens));
   int32_t* valid = valid_memory.as<int32_t>();
-  const int64_t count = FindValid(labels, vocab, valid);
+  const VocabularyShare* share = options.share;
+  const int64_t count = FindValid(labels, share ? share->size : vocab, valid);
   const bool all = count == tokens;
   int32_t* valid_labels = valid + tokens;
-  for (int64_t i = 0; i < count; ++i) valid_labels[i] = labels.as<const int32_t>()[valid[i]];
-  if (!all) {
-    SetZero(losses);
-    if (dx) SetZero(dx);
-  }
+  // Relative to the first row of w: labels that it does not have match no block.
+  const auto first_row = static_cast<int32_t>(share ? share->first : 0);
+  for (int64_t i = 0; i < count; ++i)
+    valid_labels[i] = labels.as<const int32_t>()[valid[i]] - first_row;
+  if (!all) SetZero(losses);
+  if (dx && (!all || vocab == 0)) SetZero(dx);
   if (count == 0) {
     if (dw && !accumulate_dw) SetZero(dw);
     return;
@@ -221,9 +223,9 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
 
   const int64_t chunk = std::min(options.chunk_tokens, count), width = BlockWidth(vocab);
   const int64_t blocks = (vocab + width - 1) / width;
-  const bool backward = dx || dw, narrow = type == DType::kBF16;
+  const bool backward = (dx || dw) && vocab > 0, narrow = type == DType::kBF16;
   // dx is summed over blocks, dw over chunks, both in f32: in place where they are f32 themselves.
-  const bool dx_direct = all && (!narrow || blocks == 1);
+  const bool dx_direct = all && (dx.dtype == sum_type || blocks == 1);
   const bool dw_direct = dw.dtype == sum_type || count <= chunk;
   auto bytes = [](DType dtype, int64_t rows, int64_t columns) {
     return SizeOf(dtype) * static_cast<size_t>(rows * columns);
@@ -234,10 +236,10 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const Scratch logits_memory(stream, bytes(sum_type, chunk, in_place ? vocab : width));
   const Scratch kept_memory(stream, backward && narrow ? bytes(type, chunk, vocab) : 0);
   const Scratch x_memory(stream, all ? 0 : bytes(type, chunk, depth));
-  const DType dx_type = blocks == 1 ? type : sum_type;  // of the sum over blocks
+  const DType dx_type = blocks == 1 ? dx.dtype : sum_type;  // of the sum over blocks
   const Scratch dx_memory(stream, dx && !dx_direct ? bytes(dx_type, chunk, depth) : 0);
   const Scratch dx_narrow_memory(
-      stream, dx && !dx_direct && dx_type != type && !all ? bytes(type, chunk, depth) : 0);
+      stream, dx && !dx_direct && dx_type != dx.dtype && !all ? bytes(type, chunk, depth) : 0);
   const Scratch dw_memory(stream, dw && !dw_direct ? bytes(sum_type, vocab, depth) : 0);
   Row* rows = row_memory.as<Row>();
 
@@ -263,6 +265,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
              w.Narrow(0, block.first, block.width).Transposed(), {}, 0);
       HWY_DYNAMIC_DISPATCH(Pass1)(type, block, rows, block_max(b));
     }
+    if (share) share->merge(&rows->max, n);
     for (int64_t r = 0; r < n; ++r) {
       const double loss = std::log(rows[r].sum) + (rows[r].max - rows[r].label_logit);
       const int64_t to = all ? begin + r : valid[begin + r];
@@ -288,7 +291,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     }
     if (!dx || dx_direct) continue;
     View from = dx_sum;
-    if (dx_type != type) {
+    if (dx_type != dx.dtype) {
       from = all ? dx.Narrow(0, begin, n) : View(dx_narrow_memory.as<void>(), type, {n, depth});
       HWY_DYNAMIC_DISPATCH(Narrow)
       (from.as<BF16>(), dx_sum.as<const float>(), n * depth, false);

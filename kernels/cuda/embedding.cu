@@ -25,9 +25,10 @@ __global__ void EmbeddingKernel(T* out, const T* table, const int32_t* ids, int6
   if (id >= 0 && id < vocabulary) {
     LoadChunk(v, table + id * columns + d, columns - d, vector);
   } else {
-    if (chunk == 0) ReportFault(faults, op, false, row, id, vocabulary);
+    const bool fault = id != kElsewhere;
+    if (fault && chunk == 0) ReportFault(faults, op, false, row, id, vocabulary);
 #pragma unroll
-    for (int e = 0; e < N; ++e) v[e] = NotANumber<A>();
+    for (int e = 0; e < N; ++e) v[e] = fault ? NotANumber<A>() : A(0);
   }
   StoreChunk(out + row * columns + d, v, columns - d, vector);
 }
@@ -62,7 +63,7 @@ __global__ void CountKernel(int32_t* counts, SortPass pass, const char* op, Faul
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kShare;
   for (int64_t i = begin + threadIdx.x; i < begin + kShare && i < pass.rows; i += 32) {
     const int32_t key = pass.Key(i);
-    if (pass.ids && key == pass.vocabulary)
+    if (pass.ids && key == pass.vocabulary && pass.ids[i] != kElsewhere)
       ReportFault(faults, op, false, i, pass.ids[i], pass.vocabulary);
     atomicAdd(&count[pass.Digit(key)], 1);
   }

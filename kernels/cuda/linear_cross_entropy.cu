@@ -110,6 +110,8 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   CheckArray(op, "w", w, {vocabulary, width}, x.dtype);
   CheckArray(op, "labels", labels, {tokens}, DType::kI32);
   CheckArray(op, "losses", losses, {tokens}, wide);
+  if (options.share != nullptr)
+    SHOAL_FAIL(ErrorKind::kConfig, op, "a vocabulary shared by ranks is computed on the CPU only");
   SHOAL_CHECK(options.chunk_tokens > 0, op, "chunk_tokens is {}", options.chunk_tokens);
   if (dx) CheckArray(op, "dx", dx, x.shape, x.dtype);
   if (dw) {

@@ -86,6 +86,65 @@ TEST_F(Store, ASliceLoadsItsPart) {
   EXPECT_EQ(slice.ToVector(), (std::vector<double>{8, 9, 13, 14}));
 }
 
+// Whatever cut a tensor is written in, any other cut reads it.
+TEST_F(Store, AnyCutReadsAnyOther) {
+  const Dims global = {7, 11};
+  std::vector<double> values(77);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(i);
+  // Columns over `across` ranks, and each rank's slice, flat, over `down`.
+  const auto cut = [&](int across, int down, bool filled) {
+    std::vector<StateDict> parts;
+    for (int a = 0; a < across; ++a) {
+      const int64_t first = 11 * a / across, columns = 11 * (a + 1) / across - first;
+      const Tensor slice =
+          Tensor::From(values, global).Narrowed(1, first, columns).Clone().Reshaped({-1});
+      for (int d = 0; d < down; ++d) {
+        const int64_t begin = 7 * columns * d / down, end = 7 * columns * (d + 1) / down;
+        Tensor share = slice.Narrowed(0, begin, end - begin).Clone();
+        if (!filled) share.Fill(-1);
+        parts.push_back({{"model/w", share, global, Dims{0, first},
+                          StateEntry::Share{Dims{7, columns}, begin}}});
+      }
+    }
+    return parts;
+  };
+  int step = 0;
+  for (const auto& [across, down] : {std::pair(1, 1), {1, 3}, {2, 1}, {3, 5}, {11, 2}, {1, 77}}) {
+    const std::vector<StateDict> written = cut(across, down, true);
+    ++step;
+    BeginSave(directory_, step, 0);
+    std::vector<std::string> parts;
+    for (size_t r = 0; r < written.size(); ++r)
+      parts.push_back(WritePart(directory_, step, static_cast<int>(r), written[r]));
+    const std::string path = CommitSave(directory_, {step, 0, "", ""}, parts);
+    VerifySave(path);
+    for (const auto& [to_across, to_down] : {std::pair(1, 1), {2, 3}, {4, 1}, {1, 13}}) {
+      const std::vector<StateDict> expected = cut(to_across, to_down, true);
+      const std::vector<StateDict> read = cut(to_across, to_down, false);
+      for (size_t r = 0; r < read.size(); ++r) {
+        LoadState(path, read[r]);
+        EXPECT_EQ(read[r][0].tensor.ToVector(), expected[r][0].tensor.ToVector());
+      }
+    }
+  }
+}
+
+TEST_F(Store, APartThatIsMissingIsNoticed) {
+  const Tensor half = Tensor::Full({4}, DType::kF32, 1);
+  BeginSave(directory_, 1, 0);
+  const std::string part = WritePart(
+      directory_, 1, 0, {{"model/w", half, Dims{8}, Dims{0}, StateEntry::Share{Dims{8}, 0}}});
+  const std::string path = CommitSave(directory_, {1, 0, "", ""}, {part});
+  EXPECT_NE(ErrorOf([&] { VerifySave(path); }).find("only a part"), std::string::npos);
+  EXPECT_NE(ErrorOf([&] {
+              LoadState(path, {{"model/w", Tensor::Empty({8}, DType::kF32), Dims{8}, Dims{0}}});
+            }).find("only a part"),
+            std::string::npos);
+  BeginSave(directory_, 2, 0);
+  AbandonSave(directory_, 2);
+  EXPECT_EQ(std::distance(fs::directory_iterator(directory_), fs::directory_iterator()), 1);
+}
+
 TEST_F(Store, ListsNewestFirstAndPrunes) {
   Save(1, 1);
   Save(20, 1);
@@ -113,7 +172,7 @@ TEST_F(Store, SavingAStepAgainReplacesIt) {
 // Any byte of the tensors that changes is found, and the tensor named.
 TEST_F(Store, AFlippedBitIsFound) {
   const std::string path = Save(1, 1.5);
-  const fs::path file = fs::path(path) / "state.h5";
+  const fs::path file = fs::path(path) / "rank-0000.h5";
   std::fstream bytes(file, std::ios::in | std::ios::out | std::ios::binary);
   std::string content((std::istreambuf_iterator<char>(bytes)), std::istreambuf_iterator<char>());
   // The bits of 1.5 in f64, fifteen times in a row.
@@ -133,7 +192,7 @@ TEST_F(Store, AFlippedBitIsFound) {
 // A byte anywhere in a save, the library's own structures included: found, or without meaning.
 TEST_F(Store, AnyDamagedByteIsFoundOrHarmless) {
   const std::string path = Save(1, 1.5);
-  for (const char* name : {"manifest.json", "state.h5"}) {
+  for (const char* name : {"manifest.json", "rank-0000.h5"}) {
     const fs::path file = fs::path(path) / name;
     std::ifstream in(file, std::ios::binary);
     const std::string good((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
@@ -167,10 +226,10 @@ TEST_F(Store, AnyDamagedByteIsFoundOrHarmless) {
 
 TEST_F(Store, TruncatedAndMissingFilesAreNamed) {
   const std::string path = Save(1, 1);
-  fs::resize_file(fs::path(path) / "state.h5", 1000);
-  EXPECT_NE(ErrorOf([&] { VerifySave(path); }).find("state.h5"), std::string::npos);
-  fs::remove(fs::path(path) / "state.h5");
-  EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }).find("state.h5"), std::string::npos);
+  fs::resize_file(fs::path(path) / "rank-0000.h5", 1000);
+  EXPECT_NE(ErrorOf([&] { VerifySave(path); }).find("rank-0000.h5"), std::string::npos);
+  fs::remove(fs::path(path) / "rank-0000.h5");
+  EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }).find("rank-0000.h5"), std::string::npos);
   std::ofstream(fs::path(path) / "manifest.json") << "{\"format\":";
   EXPECT_NE(ErrorOf([&] { ReadSaveInfo(path); }).find("damaged"), std::string::npos);
   std::ofstream(fs::path(path) / "manifest.json") << "{\"format\": 99}";

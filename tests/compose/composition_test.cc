@@ -26,9 +26,23 @@ struct Feature {
   std::function<void(Cell&)> apply;
 };
 
+void Zero(Cell& cell, int stage) {
+  cell.ranks = 3;
+  cell.recipe.zero_stage = stage;
+}
+
+void Tensor(Cell& cell) {  // beside two replicas, or what there is of them
+  cell.ranks = cell.ranks > 1 ? cell.ranks * 2 : 4;
+  cell.recipe.tp = 2;
+}
+
 const std::vector<Feature>& Features() {
   static const std::vector<Feature> features = {
       {"dp", [](Cell& c) { c.ranks = 3; }},
+      {"tp", [](Cell& c) { Tensor(c); }},
+      {"zero 1", [](Cell& c) { Zero(c, 1); }},
+      {"zero 2", [](Cell& c) { Zero(c, 2); }},
+      {"zero 3", [](Cell& c) { Zero(c, 3); }},
       {"accumulation", [](Cell& c) { c.micro_batches = 3; }},
       {"gpt2", [](Cell& c) { c.recipe.model = "gpt2"; }},
       {"gqa", [](Cell& c) { c.recipe.gqa = true; }},
@@ -115,8 +129,7 @@ TEST(Composition, IsAsDocumented) {
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
-       {"mesh.tp=2", "mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.stage=1", "zero.stage=2",
-        "zero.stage=3", "zero.offload=\"host\"", "memory.recompute=\"full\"",
+       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.offload=\"host\"", "memory.recompute=\"full\"",
         "memory.offload_activations=true", "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting

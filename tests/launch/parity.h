@@ -25,6 +25,7 @@ struct Recipe {
   int steps = kSteps;
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
   double dropout = 0;
+  int tp = 1, zero_stage = 0;
 };
 
 // Everything that must agree.
@@ -82,8 +83,7 @@ inline Batch MakeBatch(int64_t step, const std::vector<int64_t>& rows, const Rec
   return batch;
 }
 
-inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
-                     const std::vector<int64_t>& order) {
+inline TrainingOptions Options(const Recipe& recipe) {
   TrainingOptions options;
   options.model = Model(recipe);
   options.compute = recipe.dtype;
@@ -93,22 +93,55 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
   options.rule.momentum = 0.9;
   options.clip = 1;
   options.seed = 5;
-  TrainingStep step(options, communicator);
+  options.mesh = {.dp = 0, .tp = recipe.tp};
+  options.zero_stage = recipe.zero_stage;
+  return options;
+}
+
+// This replica's micro-batches of step s.
+inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step, int64_t s,
+                                  int64_t micro_batches, const std::vector<int64_t>& order) {
+  const Communicator& data = step.mesh().data();
+  const int64_t share = kSequences / data.size(), micro = share / micro_batches;
+  std::vector<Batch> batches;
+  for (int64_t m = 0; m < micro_batches; ++m) {
+    const auto first = order.begin() + data.rank() * share + m * micro;
+    batches.push_back(MakeBatch(s, {first, first + micro}, recipe, Model(recipe).vocab));
+  }
+  return batches;
+}
+
+// A parameter as a whole, from what the ranks of one replica own of it.
+inline std::vector<double> Whole(const Parameter& p, Communicator& model) {
+  const Dims& global = p.global_shape();
+  const std::vector<double> here = p.value().ToVector();
+  std::vector<double> whole(static_cast<size_t>(global.numel()));
+  const auto [first, count] = p.owned();
+  const int64_t width = std::max<int64_t>(p.shape()[-1], 1);
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t row = global.rank() == 2 ? p.offset()[0] + i / width : 0;
+    whole[static_cast<size_t>(row * global[-1] + p.offset()[-1] + i % width)] =
+        here[static_cast<size_t>(i)];
+  }
+  const View view(whole.data(), DType::kF64, {global.numel()});
+  model.AllReduce(std::span(&view, 1));
+  return whole;
+}
+
+inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
+                     const std::vector<int64_t>& order) {
+  TrainingStep step(Options(recipe), communicator);
   Outcome outcome;
-  const int64_t share = kSequences / communicator.size(), micro = share / micro_batches;
   for (int s = 0; s < recipe.steps; ++s) {
-    std::vector<Batch> batches;
-    for (int64_t m = 0; m < micro_batches; ++m) {
-      const auto first = order.begin() + communicator.rank() * share + m * micro;
-      batches.push_back(MakeBatch(s, {first, first + micro}, recipe, options.model.vocab));
-    }
-    const TrainingStep::Result result = step.Run(batches, recipe.lr);
+    const TrainingStep::Result result =
+        step.Run(Batches(recipe, step, s, micro_batches, order), recipe.lr);
     outcome.losses.push_back(result.loss);
     outcome.norms.push_back(result.grad_norm);
   }
+  step.optimizer().GatherParameters();
   for (const auto& p : step.model().Parameters()) {
     outcome.names.push_back(p->name());
-    outcome.parameters.push_back(p->value().ToVector());
+    outcome.parameters.push_back(Whole(*p, step.mesh().model()));
   }
   return outcome;
 }
@@ -119,7 +152,9 @@ inline std::vector<int64_t> InOrder() {
   return order;
 }
 
-inline Outcome OneRank(const Recipe& recipe, const std::vector<int64_t>& order = InOrder()) {
+inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {
+  recipe.tp = 1;
+  recipe.zero_stage = 0;
   return Train(recipe, *MakeSelfCommunicator(), 1, order);
 }
 

@@ -42,6 +42,46 @@ INSTANTIATE_TEST_SUITE_P(All, ParityLayouts,
                                             ::testing::Values(1, 2, 3, 4),
                                             ::testing::Values(1, 3)));
 
+class ParityZero : public ::testing::TestWithParam<std::tuple<std::string, int, int, int>> {};
+
+TEST_P(ParityZero, Fp64) {
+  const auto [model, stage, ranks, micro_batches] = GetParam();
+  const Recipe recipe = {.model = model, .zero_stage = stage};
+  const Outcome one = OneRank(recipe);
+  RunThreadRanks(ranks, 1, [&, micro_batches = micro_batches](Communicator& c) {
+    Compare(recipe, one, Train(recipe, c, micro_batches, InOrder()), 1e-10, 1e-10);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ParityZero,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(1, 2, 3),
+                                            ::testing::Values(1, 2, 3, 4),
+                                            ::testing::Values(1, 3)));
+
+// Heads, kv heads, mlp and vocabulary are divisible by none of these but by chance.
+class ParityTensor : public ::testing::TestWithParam<std::tuple<std::string, int, int, int>> {};
+
+TEST_P(ParityTensor, Fp64) {
+  const auto [model, tp, dp, stage] = GetParam();
+  const Recipe recipe = {.model = model, .tp = tp, .zero_stage = stage};
+  const Outcome one = OneRank(recipe);
+  for (const int64_t micro_batches : {1, 3}) {
+    RunThreadRanks(tp * dp, 1, [&](Communicator& c) {
+      Compare(recipe, one, Train(recipe, c, micro_batches, InOrder()), 1e-10, 1e-10);
+    });
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Alone, ParityTensor,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(2, 3, 4, 5, 6), ::testing::Values(1),
+                                            ::testing::Values(0)));
+INSTANTIATE_TEST_SUITE_P(WithZero, ParityTensor,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(2, 3), ::testing::Values(2, 3),
+                                            ::testing::Values(0, 1, 2, 3)));
+
 TEST(Parity, Fp32) {
   for (const char* optimizer : {"adamw", "sgd"}) {
     const Recipe recipe = {

@@ -261,7 +261,7 @@ TEST_F(ProgramRefuses, FilesLimitedFromTheStart) {
 // The limit falls into the save: its last byte does not fit.
 TEST_F(ProgramRefuses, FilesLimitedDuringASave) {
   ASSERT_EQ(Train(Settings().Set("run.dir", "\"good\"").Set("run.steps", "1")).exit_code, 0);
-  const auto bytes = static_cast<int64_t>(fs::file_size(NewestSave("good") + "/state.h5"));
+  const auto bytes = static_cast<int64_t>(fs::file_size(NewestSave("good") + "/rank-0000.h5"));
   const ProgramResult result = Train(Settings().Set("run.steps", "2"), {"--local-ranks", "2"},
                                      {.file_size_limit = bytes - 1});
   EXPECT_EQ(result.exit_code, kStorage);

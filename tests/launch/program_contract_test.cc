@@ -134,7 +134,7 @@ TEST_F(ProgramContract, RunDirectoryIsSelfContained) {
   const std::vector<std::string> expected = {"checkpoints",
                                              "checkpoints/step-00000006",
                                              "checkpoints/step-00000006/manifest.json",
-                                             "checkpoints/step-00000006/state.h5",
+                                             "checkpoints/step-00000006/rank-0000.h5",
                                              "config.toml",
                                              "lock",
                                              "log",

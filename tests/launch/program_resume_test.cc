@@ -245,18 +245,18 @@ TEST_F(ProgramResume, DamagedSavesArePassedOver) {
   // In the middle of a tensor, wherever the library has put it.
   const auto flip_tensor = [&](const std::string& save) {
     const std::vector<double> values = Tensors("run").at("model/embed.weight");
-    const size_t at = ReadText(save + "/state.h5")
+    const size_t at = ReadText(save + "/rank-0000.h5")
                           .find(std::string_view(reinterpret_cast<const char*>(&values[100]), 40));
     ASSERT_NE(at, std::string::npos);
-    flip(save + "/state.h5", at + 3);
+    flip(save + "/rank-0000.h5", at + 3);
   };
   const std::vector<std::pair<std::string, std::function<void(const std::string&)>>> damages = {
       {"flipped tensor", flip_tensor},
       {"cut file",
        [&](const std::string& save) {
-         fs::resize_file(save + "/state.h5", fs::file_size(save + "/state.h5") / 2);
+         fs::resize_file(save + "/rank-0000.h5", fs::file_size(save + "/rank-0000.h5") / 2);
        }},
-      {"no file", [&](const std::string& save) { fs::remove(save + "/state.h5"); }},
+      {"no file", [&](const std::string& save) { fs::remove(save + "/rank-0000.h5"); }},
       {"no manifest", [&](const std::string& save) { fs::remove(save + "/manifest.json"); }},
       {"cut manifest",
        [&](const std::string& save) { fs::resize_file(save + "/manifest.json", 99); }},
@@ -278,7 +278,7 @@ TEST_F(ProgramResume, DamagedSavesArePassedOver) {
   fs::remove_all(Path("run"));
   fs::copy(Path("stopped"), Path("run"), fs::copy_options::recursive);
   for (const SaveEntry& save : ListSaves(Path("run/checkpoints")))
-    fs::resize_file(save.path + "/state.h5", 5000);
+    fs::resize_file(save.path + "/rank-0000.h5", 5000);
   const ProgramResult result = Run({"resume", "run"});
   EXPECT_EQ(result.exit_code, kStorage);
   EXPECT_NE(result.err.find("all are damaged"), std::string::npos) << result.err;

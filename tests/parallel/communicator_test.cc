@@ -13,6 +13,7 @@
 #include "core/base/error.h"
 #include "core/context.h"
 #include "core/tensor.h"
+#include "parallel/comm_queue.h"
 
 namespace shoal {
 namespace {
@@ -50,7 +51,178 @@ void CheckSum(Communicator& c, std::vector<int64_t> sizes) {
   }
 }
 
+// Views of consecutive arrays of these sizes in `data`.
+template <class T>
+std::vector<View> Pieces(std::vector<T>& data, const std::vector<int64_t>& sizes) {
+  std::vector<View> pieces;
+  T* at = data.data();
+  for (const int64_t n : sizes) {
+    pieces.emplace_back(at, DTypeOf<T>::value, Dims{n});
+    at += n;
+  }
+  return pieces;
+}
+
+int64_t Total(const std::vector<int64_t>& sizes) {
+  int64_t n = 0;
+  for (const int64_t s : sizes) n += s;
+  return n;
+}
+
+// Equal shares, or uneven ones of which some are empty.
+std::vector<int64_t> BoundsOf(int64_t n, int size, bool uneven) {
+  std::vector<int64_t> bounds;
+  for (int r = 0; r <= size; ++r)
+    bounds.push_back(!uneven     ? ShardBegin(n, r, size)
+                     : r == size ? n
+                     : r < 2     ? 0
+                                 : n * r / size / 2);
+  return bounds;
+}
+
+// Guards around each array, and what is not this rank's stays as it was.
+template <class T>
+void CheckReduceScatter(Communicator& c, const std::vector<int64_t>& sizes, bool uneven) {
+  const int64_t n = Total(sizes);
+  std::vector<T> data = Values<T>(c.rank(), n, 0);
+  const std::vector<int64_t> bounds = BoundsOf(n, c.size(), uneven);
+  const int64_t begin = bounds[static_cast<size_t>(c.rank())];
+  const int64_t end = bounds[static_cast<size_t>(c.rank()) + 1];
+  const int64_t before = c.wire_bytes(Traffic::kData);
+  if (uneven) {
+    c.ReduceScatter(Pieces(data, sizes), bounds);
+  } else {
+    c.ReduceScatter(Pieces(data, sizes));
+  }
+  EXPECT_EQ(c.wire_bytes(Traffic::kData) - before,
+            c.size() == 1 ? 0 : (n - (end - begin)) * static_cast<int64_t>(sizeof(T)));
+  std::vector<T> expected = Values<T>(c.rank(), n, 0);
+  for (int64_t i = begin; i < end; ++i) {
+    Accumulator<T> sum = 0;
+    for (int r = 0; r < c.size(); ++r)
+      sum += static_cast<Accumulator<T>>(Values<T>(r, n, 0)[static_cast<size_t>(i)]);
+    expected[static_cast<size_t>(i)] = T(sum);
+    if (n > 2000) i += 97;  // a sample: the sums above are slow
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool sampled = n <= 2000 || i < begin || i >= end || (i - begin) % 98 == 0;
+    if (!sampled) continue;
+    ASSERT_EQ(static_cast<double>(data[static_cast<size_t>(i)]),
+              static_cast<double>(expected[static_cast<size_t>(i)]))
+        << i;
+  }
+}
+
+template <class T>
+void CheckAllGather(Communicator& c, const std::vector<int64_t>& sizes, bool uneven) {
+  const int64_t n = Total(sizes);
+  const std::vector<int64_t> bounds = BoundsOf(n, c.size(), uneven);
+  const auto owner = [&](int64_t i) {
+    int r = 0;
+    while (i >= bounds[static_cast<size_t>(r) + 1]) ++r;
+    return r;
+  };
+  std::vector<T> data = Values<T>(c.rank(), n, 0);
+  if (uneven) {
+    c.AllGather(Pieces(data, sizes), bounds);
+  } else {
+    c.AllGather(Pieces(data, sizes));
+  }
+  std::vector<std::vector<T>> of_rank;
+  for (int r = 0; r < c.size(); ++r) of_rank.push_back(Values<T>(r, n, 0));
+  for (int64_t i = 0; i < n; ++i) {
+    ASSERT_EQ(static_cast<double>(data[static_cast<size_t>(i)]),
+              static_cast<double>(of_rank[static_cast<size_t>(owner(i))][static_cast<size_t>(i)]))
+        << i;
+  }
+}
+
+// Rank r sends (r + 1) (to + scale) elements of value r + to / 16 + place to each.
+void CheckAllToAll(Communicator& c, int64_t scale) {
+  const auto count = [&](int from, int to) { return scale * ((from + 2 * to) % 3); };
+  const auto value = [](int from, int to, int64_t i) {
+    return static_cast<float>(from * 100 + to * 10) + static_cast<float>(i % 7);
+  };
+  std::vector<int64_t> send_counts, receive_counts;
+  std::vector<float> send, expected;
+  for (int r = 0; r < c.size(); ++r) {
+    send_counts.push_back(count(c.rank(), r));
+    receive_counts.push_back(count(r, c.rank()));
+    for (int64_t i = 0; i < send_counts.back(); ++i) send.push_back(value(c.rank(), r, i));
+    for (int64_t i = 0; i < receive_counts.back(); ++i) expected.push_back(value(r, c.rank(), i));
+  }
+  std::vector<float> receive(expected.size());
+  c.AllToAll(View(send.data(), DType::kF32, {static_cast<int64_t>(send.size())}), send_counts,
+             View(receive.data(), DType::kF32, {static_cast<int64_t>(receive.size())}),
+             receive_counts);
+  EXPECT_EQ(receive, expected);
+}
+
+// Once around, in a message of odd size and in an empty one.
+void CheckSendReceive(Communicator& c) {
+  if (c.size() == 1) return;
+  const int next = (c.rank() + 1) % c.size(), last = (c.rank() + c.size() - 1) % c.size();
+  for (const int64_t n : {0, 1, 300001}) {
+    std::vector<double> mine = Values<double>(c.rank(), n, 1), got(static_cast<size_t>(n));
+    const View out(mine.data(), DType::kF64, {n}), in(got.data(), DType::kF64, {n});
+    if (c.rank() == 0) {
+      c.Send(out, next);
+      c.Receive(in, last);
+    } else {
+      c.Receive(in, last);
+      c.Send(out, next);
+    }
+    EXPECT_EQ(got, Values<double>(last, n, 1));
+  }
+}
+
+// Even and odd ranks apart, in reverse order.
+void CheckSubgroup(Communicator& c) {
+  std::vector<int> members;
+  for (int r = c.size() - 1; r >= 0; --r)
+    if (r % 2 == c.rank() % 2) members.push_back(r);
+  const auto half = c.Subgroup(members);
+  ASSERT_EQ(half->size(), static_cast<int>(members.size()));
+  ASSERT_EQ(members[static_cast<size_t>(half->rank())], c.rank());
+  double expected = 0;
+  for (const int r : members) expected += r;
+  EXPECT_EQ(half->Sum(c.rank()), expected);
+  CheckSum<float>(*half, {1000, 3});
+  CheckAllGather<float>(*half, {5, 7, 100}, false);
+}
+
+// Work behind a queue of its own while the group itself is used.
+void CheckQueue(Communicator& c) {
+  CommQueue queue(c);
+  std::vector<double> a(1000, c.rank()), b(10, 1);
+  const View va(a.data(), DType::kF64, {1000}), vb(b.data(), DType::kF64, {10});
+  queue.Post([va](Communicator& q) { q.AllReduce(std::span(&va, 1)); });
+  const CommQueue::Ticket second =
+      queue.Post([vb](Communicator& q) { q.AllReduce(std::span(&vb, 1)); });
+  EXPECT_EQ(c.Sum(1), c.size());
+  queue.Wait(second);
+  EXPECT_EQ(b[9], c.size());
+  EXPECT_EQ(a[999], c.size() * (c.size() - 1) / 2.0);  // posted before
+  const CommQueue::Ticket bad = queue.Post([](Communicator&) { throw std::runtime_error("here"); });
+  EXPECT_THROW(queue.Wait(bad), std::runtime_error);
+}
+
 void CheckCommunicator(Communicator& c) {
+  for (const bool uneven : {false, true}) {
+    for (const std::vector<int64_t>& sizes :
+         {std::vector<int64_t>{1}, {2, 0, 3}, {0}, {64, 1, 999, 5}, {700001, 13, 400000}}) {
+      CheckReduceScatter<float>(c, sizes, uneven);
+      CheckReduceScatter<BF16>(c, sizes, uneven);
+      CheckReduceScatter<double>(c, sizes, uneven);
+      CheckAllGather<float>(c, sizes, uneven);
+      CheckAllGather<BF16>(c, sizes, uneven);
+      CheckAllGather<int32_t>(c, sizes, uneven);
+    }
+  }
+  for (const int64_t scale : {0, 1, 50, 300000}) CheckAllToAll(c, scale);
+  CheckSendReceive(c);
+  CheckSubgroup(c);
+  if (c.size() > 1) CheckQueue(c);
   for (int64_t n : {1, 2, 5, 1000, 300001}) {
     CheckSum<float>(c, {n});
     CheckSum<double>(c, {n});
@@ -211,9 +383,11 @@ TEST(MetaRanks, SendWhatRealRanksSend) {
 // Started as `mpirun -n N parallel_test --gtest_filter=Mpi.*`; see CMakeLists.txt here.
 TEST(Mpi, Collectives) {
   if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) GTEST_SKIP() << "not started by mpirun";
-  const auto c = MakeMpiCommunicator();
-  SetThreadRank(c->rank());
-  CheckCommunicator(*c);
+  for (const bool shared_memory : {true, false}) {
+    const auto c = MakeMpiCommunicator(shared_memory);
+    SetThreadRank(c->rank());
+    CheckCommunicator(*c);
+  }
 }
 
 }  // namespace

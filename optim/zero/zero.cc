@@ -1,0 +1,401 @@
+#include "optim/zero/zero.h"
+
+#include <algorithm>
+#include <cmath>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "kernels/copy.h"
+#include "kernels/elementwise.h"
+#include "kernels/reduce.h"
+
+namespace shoal {
+namespace {
+
+const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
+
+// Elements [begin, begin + count) of a contiguous tensor.
+View Flat(const Tensor& t, int64_t begin, int64_t count) {
+  return t.Reshaped({-1}).Narrowed(0, begin, count).view();
+}
+
+std::vector<View> Values(const std::vector<Parameter*>& parameters) {
+  std::vector<View> views;
+  for (const Parameter* p : parameters) views.push_back(p->value().view());
+  return views;
+}
+
+}  // namespace
+
+ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, Mesh& mesh,
+                             const ZeroOptions& options,
+                             const std::function<void(const Parameter&)>& initialise)
+    : options_(options),
+      mesh_(mesh),
+      queue_(mesh.data()),
+      rule_(MakeUpdateRule(options.rule)),
+      parameters_(model.Parameters()),
+      modules_(units.size()) {
+  const bool three = options_.stage == 3;
+  // Backward reaches the last unit first; what belongs to no unit stands where the model has it.
+  std::vector<std::pair<int, std::vector<std::shared_ptr<Parameter>>>> groups;  // unit or -1
+  if (three) {
+    std::unordered_map<const Parameter*, int> unit_of;
+    for (size_t u = 0; u < units.size(); ++u) {
+      for (const auto& p : units[u]->Parameters()) {
+        const bool fresh = unit_of.emplace(p.get(), static_cast<int>(u)).second;
+        SHOAL_CHECK(fresh, p->name(), "is shared by two units that stage 3 gathers apart");
+      }
+    }
+    model.Parameters();  // names from the root again
+    for (const auto& p : parameters_) {
+      const auto found = unit_of.find(p.get());
+      const int unit = found == unit_of.end() ? -1 : found->second;
+      if (unit < 0 || groups.empty() || groups.back().first != unit)
+        groups.emplace_back(unit, std::vector<std::shared_ptr<Parameter>>{});
+      groups.back().second.push_back(p);
+    }
+    units_.resize(units.size());
+  } else {
+    groups.emplace_back(-1, parameters_);
+  }
+  std::reverse(groups.begin(), groups.end());
+  for (const auto& [unit, parameters] : groups) {
+    const std::vector<size_t> made = CutBuckets(parameters, three);
+    if (!three) continue;
+    Unit& u = unit < 0 ? units_.emplace_back() : units_[static_cast<size_t>(unit)];
+    for (const size_t b : made) u.buckets.push_back(&buckets_[b]);
+  }
+  for (Bucket& bucket : buckets_) {
+    CutShare(bucket);
+    if (three)
+      bucket.values = Tensor::Empty({bucket.share}, options_.compute, MemoryClass::kParameters);
+    for (size_t i = 0; i < bucket.parameters.size(); ++i) {
+      Parameter& p = *bucket.parameters[i];
+      p.Materialize(options_.compute,
+                    three ? MemoryClass::kCommunication : MemoryClass::kParameters);
+      initialise(p);
+      p.leaf().grad_dtype = options_.gradients;
+      // What is only passing through is no model state.
+      if (options_.stage >= 2) p.leaf().memory_class = MemoryClass::kCommunication;
+      if (!three) continue;
+      for (const Slice& s : bucket.slices) {
+        if (s.parameter == i)
+          kernels::Copy(CurrentStream(), Flat(bucket.values, s.at, s.count),
+                        Flat(p.value(), s.begin, s.count));
+      }
+      p.value().storage().Release();
+    }
+    if (bucket.trainable) {
+      MakeStates(bucket);
+      HookGradients(bucket);
+    }
+  }
+  if (three) HookUnits(units);
+}
+
+ZeroOptimizer::~ZeroOptimizer() = default;
+
+// From the last parameter to the first; `whole`: as few as possible. Trainable and frozen ones keep
+// apart. Returns the indices of the new buckets.
+std::vector<size_t> ZeroOptimizer::CutBuckets(
+    const std::vector<std::shared_ptr<Parameter>>& parameters, bool whole) {
+  std::vector<size_t> made;
+  for (const bool trainable : {true, false}) {
+    int64_t bytes = 0;
+    bool open = false;
+    for (auto it = parameters.rbegin(); it != parameters.rend(); ++it) {
+      Parameter& p = **it;
+      if (p.requires_grad() != trainable) continue;
+      if (!open || (!whole && bytes >= options_.bucket_bytes)) {
+        made.push_back(buckets_.size());
+        buckets_.emplace_back().trainable = trainable;
+        open = true;
+        bytes = 0;
+      }
+      Bucket& bucket = buckets_.back();
+      bucket.parameters.push_back(&p);
+      bucket.elements += p.shape().numel();
+      bytes += p.shape().numel() * static_cast<int64_t>(SizeOf(options_.gradients));
+    }
+  }
+  return made;
+}
+
+void ZeroOptimizer::CutShare(Bucket& bucket) const {
+  const int rank = queue_.rank(), size = queue_.size();
+  const int64_t begin = sharded() ? ShardBegin(bucket.elements, rank, size) : 0;
+  const int64_t end = sharded() ? ShardBegin(bucket.elements, rank + 1, size) : bucket.elements;
+  bucket.share = end - begin;
+  int64_t at = 0;
+  for (size_t i = 0; i < bucket.parameters.size(); ++i) {
+    const int64_t n = bucket.parameters[i]->shape().numel();
+    const int64_t from = std::max(begin, at), to = std::min(end, at + n);
+    if (from < to) bucket.slices.push_back({i, from - at, to - from, from - begin});
+    at += n;
+  }
+}
+
+void ZeroOptimizer::MakeStates(Bucket& bucket) const {
+  const DType wide = AccumulatorDType(options_.compute);
+  if (options_.compute != wide) {
+    bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
+    for (const Slice& s : bucket.slices)
+      kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
+  }
+  for (size_t i = 0; i < rule_->states().size(); ++i)
+    bucket.states.push_back(Tensor::Full({bucket.share}, wide, 0, MemoryClass::kOptimizer));
+}
+
+View ZeroOptimizer::Value(const Bucket& bucket, const Slice& s) const {
+  if (bucket.values.defined()) return Flat(bucket.values, s.at, s.count);
+  return Flat(bucket.parameters[s.parameter]->value(), s.begin, s.count);
+}
+
+View ZeroOptimizer::Gradient(const Bucket& bucket, const Slice& s) const {
+  if (options_.stage >= 2) return Flat(bucket.gradient, s.at, s.count);
+  return Flat(bucket.parameters[s.parameter]->leaf().grad, s.begin, s.count);
+}
+
+// A rank whose slice is empty has no gradient to wait for.
+int ZeroOptimizer::Awaited(const Bucket& bucket) {
+  return static_cast<int>(std::count_if(bucket.parameters.begin(), bucket.parameters.end(),
+                                        [](const Parameter* p) { return p->shape().numel() > 0; }));
+}
+
+void ZeroOptimizer::HookGradients(Bucket& bucket) {
+  const GradEvent event = options_.stage >= 2 ? GradEvent::kShareAdded : GradEvent::kFinal;
+  bucket.waiting = Awaited(bucket);
+  for (Parameter* p : bucket.parameters) {
+    if (p->shape().numel() == 0) continue;
+    p->leaf().hooks.push_back([this, &bucket, event](GradEvent e) {
+      if (e != event) return;
+      --bucket.waiting;
+      ReduceReady();
+    });
+  }
+}
+
+void ZeroOptimizer::ReduceReady() {
+  for (; next_ < buckets_.size(); ++next_) {
+    Bucket& bucket = buckets_[next_];
+    if (!bucket.trainable) continue;
+    if (bucket.waiting > 0) return;
+    Reduce(bucket);
+  }
+}
+
+void ZeroOptimizer::Reduce(Bucket& bucket) {
+  std::vector<View> pieces;
+  for (Parameter* p : bucket.parameters) {
+    Leaf& leaf = p->leaf();
+    if (!leaf.grad.defined())
+      leaf.grad = Tensor::Full(p->shape(), leaf.grad_dtype, 0, leaf.memory_class);
+    if (p->gradient_sum()) p->gradient_sum()(leaf.grad);
+    pieces.push_back(leaf.grad.view());
+  }
+  bucket.ticket = queue_.Post([pieces = std::move(pieces), all = !sharded()](Communicator& c) {
+    if (all) {
+      c.AllReduce(pieces);
+    } else {
+      c.ReduceScatter(pieces);
+    }
+  });
+  in_flight_.push_back(&bucket);
+  // Stages 2 and 3 free gradients as they go: a constant number of buckets is on its way.
+  constexpr size_t kInFlight = 2;
+  while (options_.stage >= 2 && in_flight_.size() > kInFlight) {
+    Retire(*in_flight_.front());
+    in_flight_.pop_front();
+  }
+}
+
+void ZeroOptimizer::Retire(Bucket& bucket) {
+  queue_.Wait(bucket.ticket);
+  if (options_.stage < 2) return;
+  const bool first = !bucket.gradient.defined();
+  if (first)
+    bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+  for (const Slice& s : bucket.slices) {
+    const View sum = Flat(bucket.gradient, s.at, s.count);
+    const View share = Flat(bucket.parameters[s.parameter]->leaf().grad, s.begin, s.count);
+    if (first) {
+      kernels::Copy(CurrentStream(), sum, share);
+    } else {
+      kernels::Add(CurrentStream(), sum, sum, share, 1, 1);
+    }
+  }
+  for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+}
+
+void ZeroOptimizer::FinishMicroBatch(bool last) {
+  if (last || options_.stage >= 2) {
+    for (; next_ < buckets_.size(); ++next_) {
+      if (buckets_[next_].trainable) Reduce(buckets_[next_]);
+    }
+    for (; !in_flight_.empty(); in_flight_.pop_front()) Retire(*in_flight_.front());
+    next_ = 0;
+    for (Bucket& bucket : buckets_) bucket.waiting = Awaited(bucket);
+  }
+  for (Unit& unit : units_) Release(unit);
+}
+
+// A slice, or the part of it that counts from here; empty slices are left out.
+std::vector<ZeroOptimizer::Slice> ZeroOptimizer::Owned(const Bucket& bucket) {
+  std::vector<Slice> owned;
+  for (Slice s : bucket.slices) {
+    const auto [first, count] = bucket.parameters[s.parameter]->owned();
+    const int64_t begin = std::max(s.begin, first);
+    const int64_t end = std::min(s.begin + s.count, first + count);
+    if (begin >= end) continue;
+    owned.push_back({s.parameter, begin, end - begin, s.at + begin - s.begin});
+  }
+  return owned;
+}
+
+double ZeroOptimizer::GradNorm() {
+  const auto n = static_cast<int64_t>(parameters_.size());
+  const Tensor squares = Tensor::Full({n}, DType::kF64, 0, MemoryClass::kWorkspace);
+  std::unordered_map<const Parameter*, int64_t> index;
+  for (int64_t i = 0; i < n; ++i) index[parameters_[static_cast<size_t>(i)].get()] = i;
+  for (const Bucket& bucket : buckets_) {
+    if (!bucket.trainable) continue;
+    for (const Slice& s : Owned(bucket)) {
+      kernels::SumSquares(CurrentStream(),
+                          squares.Narrowed(0, index[bucket.parameters[s.parameter]], 1).view(),
+                          Gradient(bucket, s));
+    }
+  }
+  const View view = squares.view();
+  if (sharded()) mesh_.data().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  double sum = 0;
+  for (double square : squares.ToVector()) sum += square;
+  return std::sqrt(sum);
+}
+
+void ZeroOptimizer::Step(double lr, double gradient_scale) {
+  ++step_;
+  std::vector<View> states;
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.trainable) continue;
+    for (const Slice& s : bucket.slices) {
+      states.clear();
+      for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
+      const View master = bucket.master.defined() ? Flat(bucket.master, s.at, s.count) : View();
+      const UpdateRule::Shard shard = {Value(bucket, s), master, states, Gradient(bucket, s),
+                                       bucket.parameters[s.parameter]->decays()};
+      rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
+    }
+    bucket.gradient = Tensor();
+    for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+    if (options_.stage == 1 || options_.stage == 2)
+      queue_.Post([values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
+  }
+  queue_.WaitAll();
+}
+
+std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
+  std::vector<Piece> pieces;
+  const std::vector<std::string> names = rule_->states();
+  for (const Bucket& bucket : buckets_) {
+    for (const Slice& s : owned ? Owned(bucket) : bucket.slices) {
+      const Parameter* p = bucket.parameters[s.parameter];
+      const auto add = [&](const std::string& state, const Tensor& flat, int64_t at) {
+        pieces.push_back({state, p, s.begin, flat.Narrowed(0, at, s.count)});
+      };
+      if (bucket.values.defined()) {
+        add("", bucket.values, s.at);
+      } else {
+        add("", p->value().Reshaped({-1}), s.begin);
+      }
+      if (bucket.master.defined()) add("master", bucket.master, s.at);
+      for (size_t i = 0; i < bucket.states.size(); ++i) add(names[i], bucket.states[i], s.at);
+    }
+  }
+  return pieces;
+}
+
+void ZeroOptimizer::ShareValues() {
+  for (const Bucket& bucket : buckets_) {
+    if (options_.stage == 1 || options_.stage == 2)
+      queue_.Post([values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
+  }
+  queue_.WaitAll();
+}
+
+void ZeroOptimizer::TakeValues() {
+  for (const Bucket& bucket : buckets_) {
+    if (!bucket.master.defined()) continue;
+    for (const Slice& s : bucket.slices)
+      kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
+  }
+  ShareValues();
+}
+
+void ZeroOptimizer::HookUnits(const std::vector<Module*>& modules) {
+  for (size_t i = 0; i < modules.size(); ++i) {
+    ModuleHooks& hooks = modules[i]->hooks();
+    hooks.pre_forward.push_back([this, i](Module&) {
+      ReleaseAlone();
+      Ensure(units_[i]);
+      if (i + 1 < modules_) Request(units_[i + 1]);
+    });
+    hooks.post_forward.push_back([this, i](Module&) {
+      // Backward begins with the last.
+      if (i + 1 < modules_ || !GradEnabled()) Release(units_[i]);
+    });
+    hooks.pre_backward.push_back([this, i](Module&) {
+      ReleaseAlone();
+      Ensure(units_[i]);
+      if (i > 0) Request(units_[i - 1]);
+    });
+    hooks.post_backward.push_back([this, i](Module&) { Release(units_[i]); });
+  }
+  for (size_t u = modules_; u < units_.size(); ++u) {
+    for (const Bucket* bucket : units_[u].buckets) {
+      for (Parameter* p : bucket->parameters) p->set_use_hook([this, u] { Ensure(units_[u]); });
+    }
+  }
+}
+
+void ZeroOptimizer::Request(Unit& unit) {
+  if (unit.requested) return;
+  unit.requested = true;
+  for (const Bucket* bucket : unit.buckets) {
+    for (Parameter* p : bucket->parameters) p->value().storage().Materialize();
+    for (const Slice& s : bucket->slices) {
+      kernels::Copy(CurrentStream(),
+                    Flat(bucket->parameters[s.parameter]->value(), s.begin, s.count),
+                    Flat(bucket->values, s.at, s.count));
+    }
+    unit.ticket = queue_.Post(
+        [values = Values(bucket->parameters)](Communicator& c) { c.AllGather(values); });
+  }
+}
+
+void ZeroOptimizer::Ensure(Unit& unit) {
+  Request(unit);
+  queue_.Wait(unit.ticket);
+}
+
+void ZeroOptimizer::Release(Unit& unit) {
+  if (!unit.requested) return;
+  queue_.Wait(unit.ticket);
+  for (const Bucket* bucket : unit.buckets) {
+    for (Parameter* p : bucket->parameters) p->value().storage().Release();
+  }
+  unit.requested = false;
+}
+
+// Parameters that are units of their own are used between blocks, and freed at the next.
+void ZeroOptimizer::ReleaseAlone() {
+  for (size_t u = modules_; u < units_.size(); ++u) Release(units_[u]);
+}
+
+void ZeroOptimizer::GatherParameters() {
+  for (Unit& unit : units_) Request(unit);
+  queue_.WaitAll();
+}
+
+}  // namespace shoal

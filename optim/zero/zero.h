@@ -1,0 +1,139 @@
+// The sharded optimizer: ZeRO (Rajbhandari et al., arXiv 1910.02054) in four stages. Model states
+// are cut over the ranks that share parameters:
+//   stage 0  nothing: gradients are all-reduced, every rank updates everything
+//   stage 1  optimizer states: gradients are reduce-scattered after the last micro-batch, a rank
+//            updates its share, and parameters are all-gathered
+//   stage 2  and gradients: reduce-scattered after every micro-batch, only the share is kept
+//   stage 3  and parameters: a unit's are gathered before its forward and its backward, one unit
+//            ahead, and freed behind it
+// Parameters are cut as flat ranges of buckets, so shares are equal but for one element, and some
+// may be empty. Collectives run behind backward in the order of the buckets.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/module.h"
+#include "optim/update_rule.h"
+#include "parallel/comm_queue.h"
+#include "parallel/mesh.h"
+
+namespace shoal {
+
+struct ZeroOptions {
+  int stage = 0;
+  DType compute = DType::kF32;    // of parameters; narrower ones get an f32 master copy
+  DType gradients = DType::kF32;  // held and exchanged
+  UpdateRuleOptions rule;
+  int64_t bucket_bytes = int64_t{32} << 20;  // of gradients, below stage 3
+};
+
+class ZeroOptimizer {
+ public:
+  // Gives the parameters of `model` memory and their values: `initialise` fills one that is whole
+  // at the time. `units` are what stage 3 gathers together, in the order of forward; a parameter
+  // outside them is a unit of its own. Hooks what it is given, which must outlive it.
+  ZeroOptimizer(Module& model, const std::vector<Module*>& units, Mesh& mesh,
+                const ZeroOptions& options,
+                const std::function<void(const Parameter&)>& initialise);
+  ~ZeroOptimizer();
+  ZeroOptimizer(const ZeroOptimizer&) = delete;
+  ZeroOptimizer& operator=(const ZeroOptimizer&) = delete;
+
+  // After each micro-batch's backward. Exchanges what no hook has: a parameter that was not used
+  // has a gradient of zero, and every rank takes part in every collective.
+  void FinishMicroBatch(bool last);
+  // Of the gradient over all ranks, in f64, summed in a fixed order. After the last micro-batch.
+  double GradNorm();
+  // Consumes the gradients.
+  void Step(double lr, double gradient_scale);
+
+  int64_t step() const { return step_; }  // updates made
+  void set_step(int64_t step) { step_ = step; }
+
+  // What this rank holds of each parameter and of each state: the elements [begin, begin + n) of
+  // the parameter's slice, n >= 1.
+  struct Piece {
+    std::string state;  // "" for the value, or "master", "m", ..
+    const Parameter* parameter;
+    int64_t begin;
+    Tensor tensor;  // [n]
+  };
+  // `owned`: without what a rank that shares the slice holds too.
+  std::vector<Piece> Pieces(bool owned = false) const;
+  // After values were written into the pieces from outside: all ranks' whole parameters are as
+  // their owners have them.
+  void ShareValues();
+  // The same, where the values are new: masters follow them.
+  void TakeValues();
+  // All parameters whole, until the next forward. For whoever reads them from outside.
+  void GatherParameters();
+
+  // Bytes that the data-parallel exchange has sent, without control scalars.
+  int64_t wire_bytes() const { return queue_.wire_bytes(); }
+  void set_profile(KernelProfile* profile) { queue_.set_profile(profile); }
+
+ private:
+  // What a rank owns of one parameter: [begin, begin + count) of it, `at` in the bucket's share.
+  struct Slice {
+    size_t parameter;
+    int64_t begin, count, at;
+  };
+  // Parameters that are exchanged together; the share of a rank is a range of their concatenation.
+  struct Bucket {
+    std::vector<Parameter*> parameters;
+    bool trainable = true;
+    int64_t elements = 0, share = 0;
+    std::vector<Slice> slices;   // this rank's
+    Tensor values;               // [share], stage 3
+    Tensor gradient;             // [share], stages 2 and 3, while there is one
+    Tensor master;               // [share], where parameters are narrower
+    std::vector<Tensor> states;  // [share] each
+    int waiting = 0;             // parameters whose gradient is not there yet
+    CommQueue::Ticket ticket = 0;
+  };
+  // What stage 3 gathers together.
+  struct Unit {
+    std::vector<Bucket*> buckets;
+    bool requested = false;
+    CommQueue::Ticket ticket = 0;
+  };
+
+  bool sharded() const { return options_.stage >= 1; }
+  std::vector<size_t> CutBuckets(const std::vector<std::shared_ptr<Parameter>>& parameters,
+                                 bool whole);
+  void CutShare(Bucket& bucket) const;
+  static int Awaited(const Bucket& bucket);
+  static std::vector<Slice> Owned(const Bucket& bucket);
+  void HookGradients(Bucket& bucket);
+  void HookUnits(const std::vector<Module*>& modules);
+  void MakeStates(Bucket& bucket) const;
+  View Value(const Bucket& bucket, const Slice& slice) const;
+  View Gradient(const Bucket& bucket, const Slice& slice) const;
+
+  void ReduceReady();
+  void Reduce(Bucket& bucket);
+  void Retire(Bucket& bucket);
+
+  void Request(Unit& unit);
+  void Ensure(Unit& unit);
+  void Release(Unit& unit);
+  void ReleaseAlone();
+
+  ZeroOptions options_;
+  Mesh& mesh_;
+  CommQueue queue_;
+  std::unique_ptr<UpdateRule> rule_;
+  std::vector<std::shared_ptr<Parameter>> parameters_;
+  std::deque<Bucket> buckets_;  // in the order in which backward completes them
+  size_t next_ = 0;             // the bucket to be reduced next, the same on every rank
+  std::deque<Bucket*> in_flight_;
+  std::deque<Unit> units_;  // the modules', then those of single parameters
+  size_t modules_ = 0;
+  int64_t step_ = 0;
+};
+
+}  // namespace shoal

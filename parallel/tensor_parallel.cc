@@ -1,0 +1,320 @@
+#include "parallel/tensor_parallel.h"
+
+#include <cmath>
+
+#include "core/ops.h"
+#include "kernels/elementwise.h"
+#include "kernels/embedding.h"
+#include "parallel/collectives.h"
+
+namespace shoal {
+namespace {
+
+using Range = AxisCut::Range;
+
+std::vector<Range> Deal(int64_t n, int ranks, int64_t step = 1) {
+  std::vector<Range> ranges;
+  for (int r = 0; r < ranks; ++r)
+    ranges.push_back({ShardBegin(n, r, ranks) * step, ShardBegin(n, r + 1, ranks) * step});
+  return ranges;
+}
+
+// The point where a replicated value enters split work. Linears that read one value share one, so
+// that its gradient is summed once.
+class Entrance {
+ public:
+  explicit Entrance(Communicator& group) : group_(group) {}
+
+  Tensor operator()(const Tensor& x) {
+    const std::shared_ptr<Node> node = x.node();
+    if (node == nullptr) return x;
+    std::shared_ptr<Node> entered = entered_.lock();
+    if (node_.lock() == node && entered != nullptr) {
+      Tensor again = x.Detached();
+      again.set_node(std::move(entered));
+      return again;
+    }
+    const Tensor out = collectives::Enter(x, group_);
+    node_ = node;
+    entered_ = out.node();
+    return out;
+  }
+
+ private:
+  Communicator& group_;
+  // The last value and what became of it; of the graph, so they end with it.
+  std::weak_ptr<Node> node_, entered_;
+};
+
+class ColumnLinear : public UnaryModule {
+ public:
+  ColumnLinear(const Linear& whole, std::shared_ptr<Entrance> entrance)
+      : entrance_(std::move(entrance)), weight_(AddParameter("weight", whole.weight())) {
+    if (whole.bias()) bias_ = AddParameter("bias", whole.bias());
+  }
+
+ protected:
+  Tensor Forward(const Tensor& x) override {
+    return ops::Linear((*entrance_)(x), weight_->Use(), bias_ ? bias_->Use() : Tensor());
+  }
+
+ private:
+  std::shared_ptr<Entrance> entrance_;
+  std::shared_ptr<Parameter> weight_, bias_;
+};
+
+class RowLinear : public UnaryModule {
+ public:
+  RowLinear(const Linear& whole, Communicator& group)
+      : group_(group), weight_(AddParameter("weight", whole.weight())) {
+    if (whole.bias()) bias_ = AddParameter("bias", whole.bias());
+  }
+
+ protected:
+  Tensor Forward(const Tensor& x) override {
+    // The sum has the bias once: the others' is empty.
+    const bool first = bias_ != nullptr && group_.rank() == 0;
+    const Tensor part =
+        ops::Linear(x, weight_->Use(), first ? bias_->Use() : Tensor(), group_.size() > 1);
+    return collectives::AllReduce(part, group_, x.dtype());
+  }
+
+ private:
+  Communicator& group_;
+  std::shared_ptr<Parameter> weight_, bias_;
+};
+
+class ShardedEmbedding : public Embedding {
+ public:
+  ShardedEmbedding(const Embedding& whole, Communicator& group)
+      : Embedding(whole.weight()), group_(group) {}
+
+  Tensor Forward(const Tensor& ids) override {
+    const Parameter& p = *weight();
+    const int64_t begin = p.offset()[0], end = begin + p.shape()[0], all = p.global_shape()[0];
+    const Tensor here = ids.Clone();
+    if (ids.device().type == DeviceType::kCpu) {
+      int32_t* id = here.data<int32_t>();
+      for (int64_t i = 0; i < ids.numel(); ++i) {
+        if (id[i] < 0 || id[i] >= all)
+          SHOAL_FAIL(ErrorKind::kData, "embedding",
+                     "token {} has id {}, but the vocabulary is [0, {})", i, id[i], all);
+        id[i] = id[i] >= begin && id[i] < end ? id[i] - static_cast<int32_t>(begin)
+                                              : kernels::kElsewhere;
+      }
+    }
+    const Tensor rows = ops::Embedding(p.Use(), here);
+    return collectives::AllReduce(rows, group_, rows.dtype());
+  }
+
+ private:
+  Communicator& group_;
+};
+
+class ShardedLmLoss : public LmLoss {
+ public:
+  explicit ShardedLmLoss(Communicator& group) : group_(group), entrance_(group) {}
+
+  Tensor Forward(const Tensor& x, const Parameter& weight, const Tensor& labels,
+                 double normalizer) override {
+    kernels::VocabularyShare share;
+    share.first = weight.offset()[0];
+    share.size = weight.global_shape()[0];
+    share.merge = [this](double* rows, int64_t n) { Merge(rows, n); };
+    return ops::LinearCrossEntropy(entrance_(x), weight.Use(), labels, normalizer, &share);
+  }
+
+ private:
+  // Milakov and Gimelshein, arXiv 1805.02867: sums over parts, each relative to its own maximum.
+  void Merge(double* rows, int64_t n) {
+    std::vector<double> max(static_cast<size_t>(n)), sums(static_cast<size_t>(2 * n));
+    for (int64_t i = 0; i < n; ++i) max[static_cast<size_t>(i)] = rows[3 * i];
+    const View max_view(max.data(), DType::kF64, {n});
+    group_.AllReduce(std::span(&max_view, 1), ReduceOp::kMax);
+    for (int64_t i = 0; i < n; ++i) {
+      const double whole = max[static_cast<size_t>(i)];
+      sums[static_cast<size_t>(2 * i)] =
+          rows[3 * i + 1] == 0 ? 0 : rows[3 * i + 1] * std::exp(rows[3 * i] - whole);
+      sums[static_cast<size_t>(2 * i + 1)] = rows[3 * i + 2];
+    }
+    const View sum_view(sums.data(), DType::kF64, {2 * n});
+    group_.AllReduce(std::span(&sum_view, 1));
+    for (int64_t i = 0; i < n; ++i) {
+      rows[3 * i] = max[static_cast<size_t>(i)];
+      rows[3 * i + 1] = sums[static_cast<size_t>(2 * i)];
+      rows[3 * i + 2] = sums[static_cast<size_t>(2 * i + 1)];
+    }
+  }
+
+  Communicator& group_;
+  Entrance entrance_;
+};
+
+// x [B, T, K, H] -> [B, T, N, H]: for each of N query heads its kv head.
+Tensor ExpandHeads(const Tensor& x, const std::vector<int64_t>& kv_of_query) {
+  Dims shape = x.shape();
+  shape[2] = static_cast<int64_t>(kv_of_query.size());
+  const Tensor out = Tensor::Empty(shape, x.dtype());
+  for (size_t i = 0; i < kv_of_query.size(); ++i)
+    out.Narrowed(2, static_cast<int64_t>(i), 1).CopyFrom(x.Narrowed(2, kv_of_query[i], 1));
+  return Record("expand_heads", out, {x}, {},
+                [kv_of_query, shape = x.shape(), dtype = x.dtype()](GradContext& context) {
+                  const Stream& stream = ExecutionContext::Current().stream();
+                  const Tensor dout = context.grad();
+                  // Summed in at least f32: a head may serve many queries.
+                  Dims one = shape;
+                  one[2] = 1;
+                  const Tensor dx = Tensor::Empty(shape, dtype);
+                  for (int64_t k = 0; k < shape[2]; ++k) {
+                    const Tensor sum = Tensor::Full(one, AccumulatorDType(dtype), 0);
+                    for (size_t i = 0; i < kv_of_query.size(); ++i) {
+                      if (kv_of_query[i] != k) continue;
+                      const Tensor part = dout.Narrowed(2, static_cast<int64_t>(i), 1).Clone();
+                      kernels::Add(stream, sum.view(), sum.view(), part.view(), 1, 1);
+                    }
+                    dx.Narrowed(2, k, 1).CopyFrom(sum);
+                  }
+                  context.Give(0, dx);
+                });
+}
+
+// Attention whose query heads do not share the kv heads in equal groups.
+class MappedAttention : public InnerAttention {
+ public:
+  explicit MappedAttention(std::vector<int64_t> kv_of_query)
+      : kv_of_query_(std::move(kv_of_query)) {}
+
+  Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                 const SequenceInfo& info) override {
+    return InnerAttention::Forward(q, ExpandHeads(k, kv_of_query_), ExpandHeads(v, kv_of_query_),
+                                   info);
+  }
+
+ private:
+  std::vector<int64_t> kv_of_query_;
+};
+
+// Of a head h that several ranks hold, the first of them counts; all sum its gradient.
+void ShareOverlap(Parameter& p, const std::vector<Range>& ranges, Communicator& group) {
+  const Range mine = ranges[static_cast<size_t>(group.rank())];
+  bool overlap = false;
+  for (size_t r = 1; r < ranges.size(); ++r) overlap |= ranges[r].begin < ranges[r - 1].end;
+  if (!overlap) return;
+  const int64_t before =
+      group.rank() == 0
+          ? 0
+          : std::max<int64_t>(0, ranges[static_cast<size_t>(group.rank()) - 1].end - mine.begin);
+  const int64_t width = p.shape().numel() / std::max<int64_t>(mine.size(), 1);
+  p.set_owned(before * width, (mine.size() - before) * width);
+  // Everybody's rows, each where it belongs; what is shared adds up.
+  p.set_gradient_sum([&group, mine, all = p.global_shape()](const Tensor& gradient) {
+    const Tensor sum =
+        Tensor::Full(all, AccumulatorDType(gradient.dtype()), 0, MemoryClass::kCommunication);
+    const Tensor rows = sum.Narrowed(0, mine.begin, mine.size());
+    rows.CopyFrom(gradient);
+    const View view = sum.view();
+    group.AllReduce(std::span(&view, 1));
+    gradient.CopyFrom(rows);
+  });
+}
+
+}  // namespace
+
+AxisCut CutTransformer(int ranks, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t mlp,
+                       int64_t vocab) {
+  if (ranks > heads)
+    SHOAL_FAIL(ErrorKind::kConfig, "mesh",
+               "mesh.tp {} gives some ranks none of the model's {} heads: set it to {} at most",
+               ranks, heads, heads);
+  AxisCut cut;
+  cut.heads = heads;
+  cut.kv_heads = kv_heads;
+  cut.ranges["heads"] = Deal(heads, ranks, head_dim);
+  cut.ranges["mlp"] = Deal(mlp, ranks);
+  cut.ranges["vocab"] = Deal(vocab, ranks);
+  const int64_t group = heads / kv_heads;
+  for (const Range& q : Deal(heads, ranks))
+    cut.ranges["kv_heads"].push_back(
+        {q.begin / group * head_dim, (q.end + group - 1) / group * head_dim});
+  return cut;
+}
+
+std::string DescribeCut(Module& root, const AxisCut& cut, int ranks) {
+  std::string text;
+  for (const auto& p : root.Parameters()) {
+    text += fmt::format("{} {}", p->name(), p->global_shape().ToString());
+    for (int d = 0; d < p->global_shape().rank(); ++d) {
+      const auto found = cut.ranges.find(p->axes()[static_cast<size_t>(d)]);
+      if (found == cut.ranges.end()) continue;
+      text += fmt::format("  {}:", found->first);
+      for (int r = 0; r < ranks; ++r) {
+        const Range& range = found->second[static_cast<size_t>(r)];
+        text += fmt::format(" [{}, {})", range.begin, range.end);
+      }
+    }
+    text += '\n';
+  }
+  return text;
+}
+
+void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group) {
+  if (group.size() == 1) return;
+  const auto r = static_cast<size_t>(group.rank());
+  const auto range_of = [&](const std::string& axis) {
+    const auto found = cut.ranges.find(axis);
+    return found == cut.ranges.end() ? nullptr : &found->second;
+  };
+  for (const auto& p : root.Parameters()) {
+    bool whole = true;
+    for (int d = 0; d < p->shape().rank(); ++d) {
+      const std::vector<Range>* ranges = range_of(p->axes()[static_cast<size_t>(d)]);
+      if (ranges == nullptr) continue;
+      whole = false;
+      p->TakeSlice(d, (*ranges)[r].begin, (*ranges)[r].size());
+      if (d == 0) ShareOverlap(*p, *ranges, group);
+    }
+    // All hold it, with the same gradient; it counts once.
+    if (whole && r != 0) p->set_owned(0, 0);
+  }
+  struct Change {
+    std::string path;
+    std::shared_ptr<Module> module;
+  };
+  std::vector<Change> changes;
+  std::map<std::string, std::shared_ptr<Entrance>> entrances;  // by the path of the parent
+  root.Walk([&](const std::string& path, Module& module) {
+    const size_t dot = path.rfind('.');
+    const std::string parent = dot == std::string::npos ? "" : path.substr(0, dot);
+    if (const auto* linear = dynamic_cast<const Linear*>(&module)) {
+      const auto& axes = linear->weight()->axes();
+      if (range_of(axes[0]) != nullptr) {
+        auto& entrance = entrances[parent];
+        if (entrance == nullptr) entrance = std::make_shared<Entrance>(group);
+        changes.push_back({path, std::make_shared<ColumnLinear>(*linear, entrance)});
+      } else if (range_of(axes[1]) != nullptr) {
+        // The bias is added once.
+        if (linear->bias() && r != 0) linear->bias()->TakeSlice(0, 0, 0);
+        changes.push_back({path, std::make_shared<RowLinear>(*linear, group)});
+      }
+    } else if (const auto* embedding = dynamic_cast<const Embedding*>(&module)) {
+      if (range_of(embedding->weight()->axes()[0]) != nullptr)
+        changes.push_back({path, std::make_shared<ShardedEmbedding>(*embedding, group)});
+    } else if (dynamic_cast<const LmLoss*>(&module) != nullptr) {
+      changes.push_back({path, std::make_shared<ShardedLmLoss>(group)});
+    } else if (dynamic_cast<const InnerAttention*>(&module) != nullptr) {
+      const int64_t per_kv = cut.heads / cut.kv_heads;
+      const Range q = Deal(cut.heads, group.size())[r];
+      std::vector<int64_t> kv_of_query;
+      for (int64_t h = q.begin; h < q.end; ++h)
+        kv_of_query.push_back(h / per_kv - q.begin / per_kv);
+      const int64_t kv = kv_of_query.back() + 1;
+      bool even = q.size() % kv == 0;
+      for (int64_t i = 0; even && i < q.size(); ++i)
+        even = kv_of_query[static_cast<size_t>(i)] == i / (q.size() / kv);
+      if (!even) changes.push_back({path, std::make_shared<MappedAttention>(kv_of_query)});
+    }
+  });
+  for (Change& change : changes) root.Replace(change.path, std::move(change.module));
+}
+
+}  // namespace shoal
