@@ -15,10 +15,11 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-// How a feature enters a cell: the recipe, the number of ranks, the number of micro-batches.
+// How a feature enters a cell: the recipe, the number of replicas, the number of micro-batches.
 struct Cell {
   Recipe recipe = {.steps = 3};
-  int ranks = 1;
+  int dp = 1;
+  int ranks() const { return dp * recipe.tp; }
   int64_t micro_batches = 1;
 };
 struct Feature {
@@ -27,19 +28,14 @@ struct Feature {
 };
 
 void Zero(Cell& cell, int stage) {
-  cell.ranks = 3;
+  cell.dp = 3;
   cell.recipe.zero_stage = stage;
-}
-
-void Tensor(Cell& cell) {  // beside two replicas, or what there is of them
-  cell.ranks = cell.ranks > 1 ? cell.ranks * 2 : 4;
-  cell.recipe.tp = 2;
 }
 
 const std::vector<Feature>& Features() {
   static const std::vector<Feature> features = {
-      {"dp", [](Cell& c) { c.ranks = 3; }},
-      {"tp", [](Cell& c) { Tensor(c); }},
+      {"dp", [](Cell& c) { c.dp = 3; }},
+      {"tp", [](Cell& c) { c.recipe.tp = 2; }},
       {"zero 1", [](Cell& c) { Zero(c, 1); }},
       {"zero 2", [](Cell& c) { Zero(c, 2); }},
       {"zero 3", [](Cell& c) { Zero(c, 3); }},
@@ -59,7 +55,7 @@ const std::vector<Feature>& Features() {
 double WorstDifference(const Cell& cell) {
   const Outcome one = OneRank(cell.recipe);
   double worst = 0;
-  RunThreadRanks(cell.ranks, 1, [&](Communicator& c) {
+  RunThreadRanks(cell.ranks(), 1, [&](Communicator& c) {
     const Outcome many = Train(cell.recipe, c, cell.micro_batches, InOrder());
     if (c.rank() != 0) return;
     worst = std::max(Difference(one.losses, many.losses), Difference(one.norms, many.norms));
@@ -94,8 +90,8 @@ TEST(Composition, IsAsDocumented) {
          "features in f64 and\n"
          "compares loss, gradient norm and every parameter with one rank that takes the whole "
          "batch at once. `=` means equal\n"
-         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, accumulation "
-         "three micro-batches.\n\n|  |";
+         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, zero N is "
+         "its stage on three, and accumulation\nthree micro-batches.\n\n|  |";
   for (const Feature& f : Features()) out << ' ' << f.name << " |";
   out << "\n|---|";
   for (size_t i = 0; i < Features().size(); ++i) out << "---|";
@@ -111,7 +107,7 @@ TEST(Composition, IsAsDocumented) {
       Features()[i].apply(cell);
       if (j != i) Features()[j].apply(cell);
       // A pair without dp or accumulation is run with both, or there would be nothing to compare.
-      if (cell.ranks == 1 && cell.micro_batches == 1) cell.ranks = cell.micro_batches = 2;
+      if (cell.ranks() == 1 && cell.micro_batches == 1) cell.dp = cell.micro_batches = 2;
       try {
         const double worst = WorstDifference(cell);
         EXPECT_LT(worst, 1e-10) << Features()[i].name << " x " << Features()[j].name;
