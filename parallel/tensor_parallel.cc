@@ -130,7 +130,7 @@ class ShardedLmLoss : public LmLoss {
     std::vector<double> max(static_cast<size_t>(n)), sums(static_cast<size_t>(2 * n));
     for (int64_t i = 0; i < n; ++i) max[static_cast<size_t>(i)] = rows[3 * i];
     const View max_view(max.data(), DType::kF64, {n});
-    group_.AllReduce(std::span(&max_view, 1), ReduceOp::kMax);
+    group_.AllReduce(std::span(&max_view, 1), ReduceOp::kMax, Traffic::kControl);
     for (int64_t i = 0; i < n; ++i) {
       const double whole = max[static_cast<size_t>(i)];
       sums[static_cast<size_t>(2 * i)] =
@@ -138,7 +138,7 @@ class ShardedLmLoss : public LmLoss {
       sums[static_cast<size_t>(2 * i + 1)] = rows[3 * i + 2];
     }
     const View sum_view(sums.data(), DType::kF64, {2 * n});
-    group_.AllReduce(std::span(&sum_view, 1));
+    group_.AllReduce(std::span(&sum_view, 1), ReduceOp::kSum, Traffic::kControl);
     for (int64_t i = 0; i < n; ++i) {
       rows[3 * i] = max[static_cast<size_t>(i)];
       rows[3 * i + 1] = sums[static_cast<size_t>(2 * i)];
