@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/base/mutation.h"
 #include "core/init.h"
 #include "kernels/reduce.h"
 #include "optim/clip.h"
@@ -68,7 +69,11 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   const double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
   double loss = 0;
   for (size_t i = 0; i < micro_batches.size(); ++i) {
-    const Tensor share = Loss(micro_batches[i], normalizer, true);
+    const double of_mean = static_cast<double>(
+        std::max<int64_t>(micro_batches[i].labelled, 1) * mesh_.data().size() *
+        static_cast<int64_t>(micro_batches.size()));
+    const Tensor share = Loss(micro_batches[i],
+                              Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
     BackwardOptions backward;
     backward.final_micro_batch = i + 1 == micro_batches.size();
     Backward(share, {}, backward);

@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "core/base/mutation.h"
+
 namespace shoal::collectives {
 namespace {
 
@@ -101,7 +103,7 @@ Tensor Enter(const Tensor& x, Communicator& group) {
       "enter", x.Detached(), {x}, {},
       [&group, dtype](GradContext& context) {
         const Tensor sum = Overwritable(context.TakeGrad(), AccumulatorDType(dtype));
-        Sum(sum, group);
+        if (!Mutated(Mutation::kPartialTakenForWhole)) Sum(sum, group);
         context.Give(0, Rounded(sum, dtype));
       },
       AccumulatorDType(dtype));

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/base/mutation.h"
 #include "core/ops.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
@@ -73,7 +74,7 @@ class RowLinear : public UnaryModule {
  protected:
   Tensor Forward(const Tensor& x) override {
     // The sum has the bias once: the others' is empty.
-    const bool first = bias_ != nullptr && group_.rank() == 0;
+    const bool first = bias_ != nullptr && bias_->shape().numel() > 0;
     const Tensor part =
         ops::Linear(x, weight_->Use(), first ? bias_->Use() : Tensor(), group_.size() > 1);
     return collectives::AllReduce(part, group_, x.dtype());
@@ -231,7 +232,8 @@ AxisCut CutTransformer(int ranks, int64_t heads, int64_t kv_heads, int64_t head_
   cut.kv_heads = kv_heads;
   cut.ranges["heads"] = Deal(heads, ranks, head_dim);
   cut.ranges["mlp"] = Deal(mlp, ranks);
-  cut.ranges["vocab"] = Deal(vocab, ranks);
+  cut.ranges["vocab"] = Deal(
+      Mutated(Mutation::kVocabularyRemainderDropped) ? vocab / ranks * ranks : vocab, ranks);
   const int64_t group = heads / kv_heads;
   for (const Range& q : Deal(heads, ranks))
     cut.ranges["kv_heads"].push_back(
@@ -293,7 +295,8 @@ void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group) 
         changes.push_back({path, std::make_shared<ColumnLinear>(*linear, entrance)});
       } else if (range_of(axes[1]) != nullptr) {
         // The bias is added once.
-        if (linear->bias() && r != 0) linear->bias()->TakeSlice(0, 0, 0);
+        if (linear->bias() && r != 0 && !Mutated(Mutation::kBiasOnEveryRank))
+          linear->bias()->TakeSlice(0, 0, 0);
         changes.push_back({path, std::make_shared<RowLinear>(*linear, group)});
       }
     } else if (const auto* embedding = dynamic_cast<const Embedding*>(&module)) {

@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "core/base/mutation.h"
 #include "kernels/copy.h"
 #include "kernels/elementwise.h"
 #include "kernels/reduce.h"
@@ -17,6 +18,12 @@ const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
 // Elements [begin, begin + count) of a contiguous tensor.
 View Flat(const Tensor& t, int64_t begin, int64_t count) {
   return t.Reshaped({-1}).Narrowed(0, begin, count).view();
+}
+
+double Total(const Tensor& squares) {
+  double sum = 0;
+  for (double square : squares.ToVector()) sum += square;
+  return sum;
 }
 
 std::vector<View> Values(const std::vector<Parameter*>& parameters) {
@@ -191,7 +198,7 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
     Leaf& leaf = p->leaf();
     if (!leaf.grad.defined())
       leaf.grad = Tensor::Full(p->shape(), leaf.grad_dtype, 0, leaf.memory_class);
-    if (p->gradient_sum()) p->gradient_sum()(leaf.grad);
+    if (p->gradient_sum() && !Mutated(Mutation::kSharedHeadNotSummed)) p->gradient_sum()(leaf.grad);
     pieces.push_back(leaf.grad.view());
   }
   bucket.ticket = queue_.Post([pieces = std::move(pieces), all = !sharded()](Communicator& c) {
@@ -213,8 +220,9 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
 void ZeroOptimizer::Retire(Bucket& bucket) {
   queue_.Wait(bucket.ticket);
   if (options_.stage < 2) return;
-  const bool first = !bucket.gradient.defined();
-  if (first)
+  const bool first =
+      !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
+  if (!bucket.gradient.defined())
     bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
   for (const Slice& s : bucket.slices) {
     const View sum = Flat(bucket.gradient, s.at, s.count);
@@ -267,11 +275,10 @@ double ZeroOptimizer::GradNorm() {
     }
   }
   const View view = squares.view();
+  if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
   if (sharded()) mesh_.data().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
-  double sum = 0;
-  for (double square : squares.ToVector()) sum += square;
-  return std::sqrt(sum);
+  return std::sqrt(Total(squares));
 }
 
 void ZeroOptimizer::Step(double lr, double gradient_scale) {

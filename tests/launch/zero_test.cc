@@ -2,6 +2,7 @@
 // formulas (docs/design.md, section 4), the planner's communicator and the wire itself.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <mutex>
 
 #include "core/context.h"
@@ -86,6 +87,26 @@ TEST_P(ZeroBytes, StatesAreTheFormula) {
 INSTANTIATE_TEST_SUITE_P(All, ZeroBytes,
                          ::testing::Combine(::testing::Values(1, 2, 3, 5),
                                             ::testing::Values(DType::kF32, DType::kBF16)));
+
+// 8 b s h (t - 1) elements a block and micro-batch, summed over the ranks; the embedding's output
+// and the gradient of the hidden states are one all-reduce each. Partial sums are f32.
+TEST(TensorBytes, WireIsTheFormula) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const int tp : {2, 3, 5}) {
+      const Recipe recipe = {.dtype = dtype, .tp = tp};
+      std::atomic<int64_t> sent = 0;
+      RunThreadRanks(tp, 1, [&](Communicator& c) {
+        TrainingStep step(Options(recipe), c);
+        step.Run(Batches(recipe, step, 0, 3, InOrder()), recipe.lr);
+        sent += step.wire_bytes(MeshAxis::kTp);
+        EXPECT_EQ(step.wire_bytes(MeshAxis::kDp), 0);
+      });
+      const ModelConfig c = Model(recipe);
+      const int64_t bsh = kSequences * recipe.length * c.d_model;
+      EXPECT_EQ(sent, (8 * c.layers + 4) * bsh * (tp - 1) * 4);
+    }
+  }
+}
 
 // The planner's ranks send what real ranks send, each.
 TEST(Zero, MetaRanksSendWhatRealRanksSend) {

@@ -1,0 +1,23 @@
+// Known bugs of other systems, which a test puts in to see that the suite notices. Off unless a
+// test turns one on; a program never does.
+#pragma once
+
+#include <atomic>
+
+namespace shoal {
+
+enum class Mutation {
+  kNone,
+  kMeanOfMicroBatchMeans,       // the loss is normalised per micro-batch and rank
+  kLastMicroBatchOnly,          // sharded gradients keep the last micro-batch's share
+  kNormOfTheLocalShard,         // clipping sees this rank's part of the gradient
+  kPartialTakenForWhole,        // a column-parallel input's gradient is not summed
+  kBiasOnEveryRank,             // a row-parallel bias is added by each
+  kSharedHeadNotSummed,         // a kv head that ranks share takes one rank's gradient
+  kVocabularyRemainderDropped,  // rows beyond a multiple of the ranks belong to nobody
+};
+
+inline std::atomic<Mutation> active_mutation = Mutation::kNone;
+inline bool Mutated(Mutation m) { return active_mutation.load(std::memory_order_relaxed) == m; }
+
+}  // namespace shoal
