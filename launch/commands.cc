@@ -11,6 +11,7 @@
 #include "launch/session.h"
 #include "launch/signals.h"
 #include "launch/trainer.h"
+#include "launch/verify.h"
 #include "models/generate.h"
 
 namespace shoal {
@@ -87,6 +88,19 @@ int PlanCommand(const ConfigArguments& arguments, int ranks, bool json) {
     }
     return 0;
   });
+}
+
+int VerifyCommand(const ConfigArguments& arguments, int ranks, int64_t steps, bool json) {
+  Config config = LoadConfig(arguments.file, arguments.overrides);
+  CheckSupported(config);
+  ResolveFrom(&config);
+  const Verification result = Verify(config, ranks, steps);
+  if (json) {
+    std::cout << VerificationJson(result) << '\n';
+  } else {
+    std::cout << VerificationText(result, config, ranks);
+  }
+  return result.first ? static_cast<int>(ErrorKind::kBug) : 0;
 }
 
 int EvalCommand(const EvalOptions& options, const RunOptions& run) {

@@ -22,6 +22,7 @@ struct ConfigArguments {
 int TrainCommand(const ConfigArguments& arguments, const RunOptions& run);
 int ResumeCommand(const std::string& run_directory, const RunOptions& run);
 int PlanCommand(const ConfigArguments& arguments, int ranks, bool json);
+int VerifyCommand(const ConfigArguments& arguments, int ranks, int64_t steps, bool json);
 
 struct EvalOptions {
   std::string path;  // a run or a save

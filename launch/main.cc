@@ -47,6 +47,7 @@ class Program {
     AddTrain();
     AddResume();
     AddPlan();
+    AddVerify();
     AddEval();
     AddGenerate();
     AddData();
@@ -152,6 +153,19 @@ class Program {
     c->add_option("--ranks", plan_ranks_, "ranks to plan for")->capture_default_str();
     AddJson(c);
   }
+  void AddVerify() {
+    CLI::App* c = Command("verify", "train many ranks and one side by side, and compare", [this] {
+      return VerifyCommand(SplitArguments(words_), plan_ranks_, verify_steps_, json_);
+    });
+    AddConfig(c);
+    c->add_option("--ranks", plan_ranks_, "ranks, as threads")
+        ->capture_default_str()
+        ->check(CLI::Range(1, 1024));
+    c->add_option("--steps", verify_steps_, "steps to compare")
+        ->capture_default_str()
+        ->check(CLI::PositiveNumber);
+    AddJson(c);
+  }
   void AddEval() {
     CLI::App* c = Command("eval", "mean loss of a trained model", [this] {
       eval_.json = json_;
@@ -236,6 +250,7 @@ class Program {
   GenerateArguments generate_;
   BuildOptions build_;
   int plan_ranks_ = 1;
+  int64_t verify_steps_ = 10;
   bool json_ = false;
 };
 

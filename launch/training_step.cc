@@ -69,11 +69,11 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   const double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
   double loss = 0;
   for (size_t i = 0; i < micro_batches.size(); ++i) {
-    const double of_mean = static_cast<double>(
-        std::max<int64_t>(micro_batches[i].labelled, 1) * mesh_.data().size() *
-        static_cast<int64_t>(micro_batches.size()));
-    const Tensor share = Loss(micro_batches[i],
-                              Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
+    const double of_mean =
+        static_cast<double>(std::max<int64_t>(micro_batches[i].labelled, 1) * mesh_.data().size() *
+                            static_cast<int64_t>(micro_batches.size()));
+    const Tensor share = Loss(
+        micro_batches[i], Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
     BackwardOptions backward;
     backward.final_micro_batch = i + 1 == micro_batches.size();
     Backward(share, {}, backward);
@@ -107,6 +107,25 @@ StateDict TrainingStep::State(bool once) {
     state.push_back(std::move(entry));
   }
   return state;
+}
+
+std::vector<double> TrainingStep::Whole(const Parameter& p) {
+  const Dims& global = p.global_shape();
+  SHOAL_CHECK(global.rank() == 1 || global.rank() == 2, p.name(), "has shape {}",
+              global.ToString());
+  const std::vector<double> here = p.value().ToVector();
+  std::vector<double> whole(static_cast<size_t>(global.numel()));
+  const auto [first, count] = p.owned();
+  const int64_t width = std::max<int64_t>(p.shape()[-1], 1);
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t row = global.rank() == 2 ? p.offset()[0] + i / width : 0;
+    whole[static_cast<size_t>(row * global[-1] + p.offset()[-1] + i % width)] =
+        here[static_cast<size_t>(i)];
+  }
+  // Every element is owned by one rank.
+  const View view(whole.data(), DType::kF64, {global.numel()});
+  mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  return whole;
 }
 
 bool TrainingStep::AllFinite() {

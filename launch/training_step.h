@@ -54,6 +54,9 @@ class TrainingStep {
   // What is here of parameters, and of what the optimizer keeps of them. `once`: what several ranks
   // hold is named by one of them alone, for a save.
   StateDict State(bool once = false);
+  // A parameter as a whole, in row-major order. Its slice is here
+  // (ZeroOptimizer::GatherParameters). Collective over the ranks of this replica.
+  std::vector<double> Whole(const Parameter& parameter);
   // Whether no value of State() is infinite or NaN.
   bool AllFinite();
 

@@ -232,8 +232,8 @@ AxisCut CutTransformer(int ranks, int64_t heads, int64_t kv_heads, int64_t head_
   cut.kv_heads = kv_heads;
   cut.ranges["heads"] = Deal(heads, ranks, head_dim);
   cut.ranges["mlp"] = Deal(mlp, ranks);
-  cut.ranges["vocab"] = Deal(
-      Mutated(Mutation::kVocabularyRemainderDropped) ? vocab / ranks * ranks : vocab, ranks);
+  cut.ranges["vocab"] =
+      Deal(Mutated(Mutation::kVocabularyRemainderDropped) ? vocab / ranks * ranks : vocab, ranks);
   const int64_t group = heads / kv_heads;
   for (const Range& q : Deal(heads, ranks))
     cut.ranges["kv_heads"].push_back(

@@ -220,8 +220,7 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
 void ZeroOptimizer::Retire(Bucket& bucket) {
   queue_.Wait(bucket.ticket);
   if (options_.stage < 2) return;
-  const bool first =
-      !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
+  const bool first = !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
   if (!bucket.gradient.defined())
     bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
   for (const Slice& s : bucket.slices) {

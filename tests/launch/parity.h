@@ -111,23 +111,6 @@ inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step
   return batches;
 }
 
-// A parameter as a whole, from what the ranks of one replica own of it.
-inline std::vector<double> Whole(const Parameter& p, Communicator& model) {
-  const Dims& global = p.global_shape();
-  const std::vector<double> here = p.value().ToVector();
-  std::vector<double> whole(static_cast<size_t>(global.numel()));
-  const auto [first, count] = p.owned();
-  const int64_t width = std::max<int64_t>(p.shape()[-1], 1);
-  for (int64_t i = first; i < first + count; ++i) {
-    const int64_t row = global.rank() == 2 ? p.offset()[0] + i / width : 0;
-    whole[static_cast<size_t>(row * global[-1] + p.offset()[-1] + i % width)] =
-        here[static_cast<size_t>(i)];
-  }
-  const View view(whole.data(), DType::kF64, {global.numel()});
-  model.AllReduce(std::span(&view, 1));
-  return whole;
-}
-
 inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
                      const std::vector<int64_t>& order) {
   TrainingStep step(Options(recipe), communicator);
@@ -141,7 +124,7 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
   step.optimizer().GatherParameters();
   for (const auto& p : step.model().Parameters()) {
     outcome.names.push_back(p->name());
-    outcome.parameters.push_back(Whole(*p, step.mesh().model()));
+    outcome.parameters.push_back(step.Whole(*p));
   }
   return outcome;
 }
