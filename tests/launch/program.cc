@@ -281,7 +281,9 @@ std::map<std::string, std::vector<double>> ProgramTest::Tensors(const std::strin
   std::map<std::string, std::vector<double>> tensors;
   const std::string save = NewestSave(run);
   if (save.empty()) return tensors;
-  const Config config = ParseConfig(ReadSaveInfo(save).config, save);
+  Config config = ParseConfig(ReadSaveInfo(save).config, save);
+  config.mesh = {};  // read on one rank, whatever it was written on
+  config.zero = {};
   const auto communicator = MakeSelfCommunicator();
   TrainingStep step(MakeTrainingOptions(config, CheckBatch(config, 1)), *communicator);
   const StateDict state = step.State();
