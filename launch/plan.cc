@@ -50,6 +50,21 @@ double Mega(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
 
 }  // namespace
 
+double StateBytes::PerRank(double parameters, int stage, int ranks) const {
+  const double n = ranks;
+  return parameters * (value / (stage >= 3 ? n : 1) + gradient / (stage >= 2 ? n : 1) +
+                       optimizer / (stage >= 1 ? n : 1));
+}
+
+StateBytes StatesOf(const TrainingOptions& options) {
+  const DType wide = AccumulatorDType(options.compute);
+  const double master = options.compute == wide ? 0 : 1;
+  const double states = static_cast<double>(MakeUpdateRule(options.rule)->states().size());
+  return {static_cast<double>(SizeOf(options.compute)),
+          static_cast<double>(SizeOf(options.gradients)),
+          (master + states) * static_cast<double>(SizeOf(wide))};
+}
+
 int64_t Plan::peak() const {
   int64_t peak = 0;
   for (const RankPlan& rank : ranks) peak = std::max(peak, rank.memory.peak_total);
@@ -129,6 +144,18 @@ std::string PlanText(const Plan& plan, const Config& config) {
   const DType compute = ComputeDType(config);
   const DType gradients = MakeTrainingOptions(config, b).gradients;
   line("states", fmt::format("{} parameters, {} gradients", Name(compute), Name(gradients)));
+  const StateBytes states = StatesOf(MakeTrainingOptions(config, b));
+  text += fmt::format("\n{:<22}", "states per rank, GB");
+  const int columns[] = {1, 4, 16, 64, 256, 1024};
+  for (const int n : columns) text += fmt::format("{:>9}", fmt::format("dp {}", n));
+  text += '\n';
+  const double held = static_cast<double>(plan.parameters) / static_cast<double>(config.mesh.tp);
+  for (int stage = 0; stage <= 3; ++stage) {
+    text += fmt::format("  {:<20}", fmt::format("zero.stage {}", stage));
+    for (const int n : columns)
+      text += fmt::format("{:>9.3g}", states.PerRank(held, stage, n) / 1e9);
+    text += '\n';
+  }
   text += fmt::format("\n{:<22} {:>14} {:>14}\n", "peak per rank", "rank 0, MB", "largest, MB");
   for (int c = 0; c < kMemoryClasses; ++c) {
     int64_t largest = 0;

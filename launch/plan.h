@@ -8,6 +8,7 @@
 
 #include "core/allocator.h"
 #include "launch/config.h"
+#include "launch/training_step.h"
 #include "parallel/mesh.h"
 
 namespace shoal {
@@ -32,6 +33,14 @@ struct Plan {
   int64_t peak() const;  // the largest rank's
   bool fits() const;
 };
+
+// Bytes of a parameter's states: its value, its gradient, and what the optimizer keeps.
+struct StateBytes {
+  double value, gradient, optimizer;
+  // Of `parameters` on each of `ranks` ranks, by ZeRO's formulas (arXiv 1910.02054, section 5).
+  double PerRank(double parameters, int stage, int ranks) const;
+};
+StateBytes StatesOf(const TrainingOptions& options);
 
 // `config` is resolved and supported.
 Plan MakePlan(const Config& config, int ranks);

@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "core/init.h"
+#include "launch/plan.h"
 #include "tests/launch/parity.h"
 
 namespace shoal {
@@ -124,6 +125,28 @@ TEST(Zero, MetaRanksSendWhatRealRanksSend) {
       EXPECT_EQ(step.wire_bytes(MeshAxis::kDp) - before, real.wire_of_rank[static_cast<size_t>(r)]);
     }
   }
+}
+
+// The paper's table for 7.5 billion parameters, in GB (figure 1 and table 1).
+TEST(Zero, StatesAreThePapersTable) {
+  TrainingOptions options;
+  options.compute = options.gradients = DType::kBF16;
+  const StateBytes states = StatesOf(options);
+  const auto gb = [&](int stage, int ranks) { return states.PerRank(7.5e9, stage, ranks) / 1e9; };
+  const struct {
+    int ranks;
+    double stage[3];
+  } rows[] = {{1, {120, 120, 120}},     {4, {52.5, 41.3, 30}},     {16, {35.6, 21.6, 7.5}},
+              {64, {31.4, 16.6, 1.88}}, {256, {30.4, 15.4, 0.47}}, {1024, {30.1, 15.1, 0.12}}};
+  for (const auto& row : rows) {
+    EXPECT_NEAR(gb(0, row.ranks), 120, 1e-9);
+    for (int stage = 1; stage <= 3; ++stage)
+      EXPECT_NEAR(gb(stage, row.ranks), row.stage[stage - 1], 0.05) << row.ranks;
+  }
+  options.gradients = DType::kF32;
+  EXPECT_EQ(StatesOf(options).PerRank(1, 0, 64), 18);
+  options.compute = DType::kF32;
+  EXPECT_EQ(StatesOf(options).PerRank(1, 1, 4), 8 + 8.0 / 4);
 }
 
 // Frozen parameters are not updated, exchanged or given states, and stage 3 gathers them.
