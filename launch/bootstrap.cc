@@ -147,6 +147,15 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
       if (launcher.size > 1) context.launcher = LauncherCommand(launcher.size);
     });
     if (launcher.size > 1) ShareCores();
+    communicator->WatchPeers([&](int rank, const std::string& what) {
+      const int64_t step = CurrentFailureContext().step;
+      SetThreadRank(rank);
+      PrintError(Error(ErrorKind::kHang, "watchdog",
+                       step > 0 ? fmt::format("at step {}: {}", step, what) : what, __FILE__,
+                       __LINE__));
+      communicator->Abort(static_cast<int>(ErrorKind::kHang));
+      std::_Exit(static_cast<int>(ErrorKind::kHang));
+    });
     return Guarded(*communicator, [&] {
       Device device;
       Agree(*communicator, [&] {

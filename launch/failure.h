@@ -2,6 +2,7 @@
 // good save is, and the exact command that goes on from it.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -18,6 +19,7 @@ struct FailureContext {
   bool threads = false;   // the ranks are threads of this process
   std::string run;        // run directory, once it exists
   std::string last_save;  // path of the newest save that is whole
+  int64_t step = 0;       // that is being computed
 };
 
 // A copy; safe from any thread.

@@ -8,6 +8,7 @@
 #include "core/context.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
+#include "launch/failure.h"
 #include "launch/metrics.h"
 #include "launch/plan.h"
 #include "launch/run_directory.h"
@@ -220,6 +221,7 @@ int Run::Loop() {
 }
 
 void Run::Step(int64_t step) {
+  SetFailureContext([&](FailureContext& context) { context.step = step; });
   const double busy_before = profile_.total();
   std::array<int64_t, kMeshAxes> sent_before;
   for (int a = 0; a < kMeshAxes; ++a)

@@ -14,6 +14,7 @@
 
 #include "parallel/reduce_arrays.h"
 #include "parallel/shared_barrier.h"
+#include "parallel/watchdog.h"
 
 namespace shoal {
 namespace {
@@ -92,6 +93,25 @@ MpiRuntime& Runtime() {
   return runtime;
 }
 
+// Of this process: all its communicators tell it where they are.
+std::unique_ptr<Watchdog>& ProcessWatchdog() {
+  static std::unique_ptr<Watchdog> watchdog;
+  return watchdog;
+}
+
+// In a collective, as seen from the other ranks.
+class InCollective {
+ public:
+  explicit InCollective(Collective collective) {
+    if (const auto& watchdog = ProcessWatchdog()) watchdog->Enter(collective);
+  }
+  ~InCollective() {
+    if (const auto& watchdog = ProcessWatchdog()) watchdog->Leave();
+  }
+  InCollective(const InCollective&) = delete;
+  InCollective& operator=(const InCollective&) = delete;
+};
+
 class MpiCommunicator : public Communicator {
  public:
   // Takes `comm` over; MPI_COMM_WORLD stays.
@@ -105,6 +125,8 @@ class MpiCommunicator : public Communicator {
     if (size_ > 1 && shared_memory_) OpenWindow();
   }
   ~MpiCommunicator() override {
+    if (comm_ == MPI_COMM_WORLD) ProcessWatchdog().reset();
+    if (beacons_ != MPI_WIN_NULL) MPI_Win_free(&beacons_);
     if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
     if (comm_ != MPI_COMM_WORLD) MPI_Comm_free(&comm_);
   }
@@ -115,6 +137,20 @@ class MpiCommunicator : public Communicator {
   void Barrier() override {
     if (barrier_ != nullptr) return barrier_->Wait(size_);
     SHOAL_MPI(MPI_Barrier(comm_));
+  }
+  void WatchPeers(std::function<void(int, const std::string&)> report) override {
+    if (barrier_ == nullptr || comm_ != MPI_COMM_WORLD) return;
+    void* base = nullptr;
+    const MPI_Aint bytes = static_cast<MPI_Aint>(sizeof(Beacon)) * size_;
+    SHOAL_MPI(
+        MPI_Win_allocate_shared(rank_ == 0 ? bytes : 0, 1, MPI_INFO_NULL, comm_, &base, &beacons_));
+    MPI_Aint window_bytes = 0;
+    int unit = 0;
+    SHOAL_MPI(MPI_Win_shared_query(beacons_, 0, &window_bytes, &unit, &base));
+    if (rank_ == 0) std::memset(base, 0, static_cast<size_t>(bytes));
+    SHOAL_MPI(MPI_Barrier(comm_));
+    ProcessWatchdog() =
+        std::make_unique<Watchdog>(static_cast<Beacon*>(base), rank_, size_, std::move(report));
   }
   void Abort(int exit_code) override {
     if (size_ > 1) MPI_Abort(MPI_COMM_WORLD, exit_code);
@@ -135,6 +171,7 @@ class MpiCommunicator : public Communicator {
 
  protected:
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
+    const InCollective mark(Collective::kAllReduce);
     if (barrier_ != nullptr) return AllReduceShared(pieces, op);
     const std::vector<int64_t> bounds = EqualBounds(pieces);
     ReduceScatterMpi(pieces, bounds, op);
@@ -142,6 +179,7 @@ class MpiCommunicator : public Communicator {
   }
 
   void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    const InCollective mark(Collective::kReduceScatter);
     if (barrier_ == nullptr) return ReduceScatterMpi(pieces, bounds, ReduceOp::kSum);
     // A chunk holds a part of every rank's share, so that all have sums to take in each. Who fills
     // a buffer again has passed a barrier that all reached after reading it.
@@ -165,6 +203,7 @@ class MpiCommunicator : public Communicator {
   }
 
   void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+    const InCollective mark(Collective::kAllGather);
     if (barrier_ == nullptr) return AllGatherMpi(pieces, bounds);
     const int64_t part = kStagingBytes / static_cast<int64_t>(SizeOf(pieces[0].dtype));
     std::vector<Cursor> cursors = Cursors(pieces, bounds);
@@ -181,6 +220,7 @@ class MpiCommunicator : public Communicator {
 
   void DoAllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
                   std::span<const int64_t> receive_counts) override {
+    const InCollective mark(Collective::kAllToAll);
     const std::vector<int64_t> from = Offsets(send_counts), to = Offsets(receive_counts);
     const int64_t width = static_cast<int64_t>(SizeOf(send.dtype));
     if (barrier_ == nullptr) {
@@ -214,6 +254,7 @@ class MpiCommunicator : public Communicator {
   }
 
   void DoBroadcast(const View& data, int root) override {
+    const InCollective mark(Collective::kBroadcast);
     ForSteps(data, [&](void* at, int n) { SHOAL_MPI(MPI_Bcast(at, n, MPI_BYTE, root, comm_)); });
   }
   void DoSend(const View& data, int to) override {
@@ -230,6 +271,7 @@ class MpiCommunicator : public Communicator {
   }
 
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override {
+    const InCollective mark(Collective::kAllGatherStrings);
     const size_t ranks = static_cast<size_t>(size_);
     std::vector<int> lengths(ranks), offsets(ranks);
     const int length = static_cast<int>(std::min<size_t>(mine.size(), INT_MAX));
@@ -424,7 +466,7 @@ class MpiCommunicator : public Communicator {
   bool shared_memory_;
   int rank_ = 0, size_ = 1;
   std::string host_;
-  MPI_Win window_ = MPI_WIN_NULL;
+  MPI_Win window_ = MPI_WIN_NULL, beacons_ = MPI_WIN_NULL;
   SharedBarrier* barrier_ = nullptr;  // null: the ranks do not share a host
   char* staging_ = nullptr;
   int buffer_ = 0;

@@ -75,6 +75,10 @@ class Communicator {
   // Collectives add their time to `profile` (may be null) from now on.
   void set_profile(KernelProfile* profile) { profile_ = profile; }
 
+  // Calls `report(rank, what)` from another thread when a rank of this host is found to be dead or
+  // stopped; it should end the program. Processes only: a thread ends with the others.
+  virtual void WatchPeers(std::function<void(int, const std::string&)> /*report*/) {}
+
   // Ends the other ranks' waiting: their calls throw PeerFailed (threads), or they are ended with
   // `exit_code` (processes).
   virtual void Abort(int exit_code) = 0;
