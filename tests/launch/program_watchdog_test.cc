@@ -32,7 +32,7 @@ class ProgramWatchdog : public ProgramTest {
     options.seconds = 60;
     Program program(words, options, true);
     EXPECT_TRUE(program.WaitFor([&] {
-      return Exists("run/checkpoints/step-00000002") && Children(program.pid()).size() == 3;
+      return Exists("run/checkpoints/step-00000006") && Children(program.pid()).size() == 3;
     }));
     const std::vector<pid_t> ranks = Children(program.pid());
     if (ranks.size() == 3) kill(ranks[1], signal);
