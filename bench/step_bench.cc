@@ -58,7 +58,7 @@ double GemmGflops(DType dtype) {
 struct Options {
   std::string model = "llama-60m", precision = "fp32";
   int64_t batch = 4, length = 256, micro_batches = 1;
-  int threads = 0, steps = 10, warmup = 2;
+  int threads = 0, steps = 10, warmup = 2, tp = 1, zero_stage = 0;
   RunOptions run;
 };
 
@@ -78,13 +78,16 @@ int Measure(const Options& o, Communicator& communicator) {
                            : training.compute;
   training.rule.weight_decay = 0.1;
   training.clip = 1;
+  training.mesh.tp = o.tp;
+  training.zero_stage = o.zero_stage;
   if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
   TrainingStep step(training, communicator);
-  const int64_t share = o.batch / communicator.size() / o.micro_batches;
+  const Communicator& data = step.mesh().data();
+  const int64_t share = o.batch / data.size() / o.micro_batches;
   std::vector<Batch> batches;
   for (int64_t i = 0; i < o.micro_batches; ++i) {
     batches.push_back(RandomBatch(share, o.length, training.model.vocab,
-                                  static_cast<uint32_t>(communicator.rank() * 1000 + i)));
+                                  static_cast<uint32_t>(data.rank() * 1000 + i)));
   }
   std::vector<double> seconds;
   KernelProfile profile;
@@ -140,6 +143,8 @@ int main(int argc, char** argv) {
   app.add_option("--threads", o.threads, "over all ranks; 0: all cores");
   app.add_option("--steps", o.steps)->check(CLI::PositiveNumber);
   app.add_option("--warmup", o.warmup);
+  app.add_option("--tp", o.tp);
+  app.add_option("--zero-stage", o.zero_stage);
   app.add_option("--local-ranks", o.run.local_ranks);
   app.add_option("--device", o.run.device);
   CLI11_PARSE(app, argc, argv);

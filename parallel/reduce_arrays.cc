@@ -15,10 +15,12 @@ void Reduce(ReduceOp op, std::span<const void* const> sources, T* out, int64_t c
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t n = std::min(kBlock, count - begin);
     const T* first = static_cast<const T*>(sources[0]) + begin;
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) sum[i] = static_cast<A>(first[i]);
     for (const void* source : sources.subspan(1)) {
       const T* values = static_cast<const T*>(source) + begin;
       if (op == ReduceOp::kSum) {
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<A>(values[i]);
       } else {
         for (int64_t i = 0; i < n; ++i) {
@@ -28,6 +30,7 @@ void Reduce(ReduceOp op, std::span<const void* const> sources, T* out, int64_t c
         }
       }
     }
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[begin + i] = T(sum[i]);
   }
 }
