@@ -4,6 +4,8 @@
 namespace shoal::kernels::testing {
 namespace {
 
+bool Elsewhere(double id) { return id == kElsewhere; }
+
 Case EmbeddingCase(std::string name, DType t, int64_t v, int64_t m, int64_t d, Arg ids) {
   return {.name = "Embedding/" + name,
           .args = {Out(t, {m, d}), In(t, {v, d}), ids},
@@ -12,7 +14,7 @@ Case EmbeddingCase(std::string name, DType t, int64_t v, int64_t m, int64_t d, A
               [](Arrays& a) {
                 for (int64_t i = 0; i < a[0].dim(0); ++i)
                   for (int64_t j = 0; j < a[0].dim(1); ++j)
-                    a[0](i, j) = a[1](static_cast<int64_t>(a[2][i]), j);
+                    a[0](i, j) = Elsewhere(a[2][i]) ? 0 : a[1](static_cast<int64_t>(a[2][i]), j);
               },
           .tolerance = {0, 0, 0}};
 }
@@ -29,13 +31,13 @@ Case BackwardCase(std::string name, DType table, DType t, int64_t v, int64_t m, 
               [=](Arrays& a) {
                 if (!accumulate) a[0].v.assign(a[0].numel(), 0);
                 for (int64_t i = 0; i < m; ++i)
-                  for (int64_t j = 0; j < d; ++j)
+                  for (int64_t j = 0; j < d && !Elsewhere(a[2][i]); ++j)
                     a[0](static_cast<int64_t>(a[2][i]), j) += a[1](i, j);
               },
           .gradient = {[=](const Arrays& a) {
                          double sum = 0;
                          for (int64_t i = 0; i < m; ++i)
-                           for (int64_t j = 0; j < d; ++j)
+                           for (int64_t j = 0; j < d && !Elsewhere(a[2][i]); ++j)
                              sum += a[1](i, j) * a[3](static_cast<int64_t>(a[2][i]), j);
                          return sum;
                        },
@@ -67,6 +69,16 @@ const CaseFile kCases([](std::vector<Case>& cases) {
     for (std::vector<double> ids : {std::vector<double>{0}, {499}, {3, 3, 3, 3, 499, 3, 250}})
       cases.push_back(BackwardCase(fmt::format("{}/crowded_{}", Name(t), ids.back()), t, t, 500,
                                    900, 48, In(DType::kI32, {900}).Values(ids), true));
+    // A part of a table: most rows are in another, or all are.
+    for (const std::vector<double>& ids :
+         {std::vector<double>{kElsewhere, 2, kElsewhere, kElsewhere, 0}, {kElsewhere}}) {
+      const Arg part = In(DType::kI32, {70}).Values(ids);
+      const auto name = fmt::format("{}/elsewhere_{}", Name(t), ids.size());
+      cases.push_back(EmbeddingCase(name, t, 3, 70, 33, part));
+      for (bool accumulate : {false, true})
+        cases.push_back(BackwardCase(fmt::format("{}/accumulate_{}", name, accumulate), t, t, 3, 70,
+                                     33, part, accumulate));
+    }
     for (DType table : kFloats)
       cases.push_back(BackwardCase(fmt::format("{}_from_{}", Name(table), Name(t)), table, t, 20,
                                    50, 19, In(DType::kI32, {50}).Range(0, 19), true));

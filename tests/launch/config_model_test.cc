@@ -139,9 +139,8 @@ TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
 TEST(ConfigSupported, NamesTheKey) {
   EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
   for (const char* text :
-       {"mesh.tp=2", "mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.stage=1", "zero.offload=host",
-        "memory.recompute=full", "memory.offload_activations=true", "method.name=lora",
-        "checkpoint.async=true"}) {
+       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.offload=host", "memory.recompute=full",
+        "memory.offload_activations=true", "method.name=lora", "checkpoint.async=true"}) {
     const Config c = Minimal({text});
     const std::string key = std::string(text).substr(0, std::string(text).find('='));
     EXPECT_THAT(Mistake([&] { CheckSupported(c); }), HasSubstr(key));
