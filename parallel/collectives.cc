@@ -36,6 +36,8 @@ Tensor Fresh(const Tensor& x, DType dtype) {
   return x.To(dtype, MemoryClass::kCommunication);
 }
 
+// By value: a caller gives its own up.
+// NOLINTNEXTLINE(performance-unnecessary-value-param)
 Tensor Overwritable(Tensor x, DType dtype) {
   return x.exclusive() && x.contiguous() && x.dtype() == dtype ? x : Fresh(x, dtype);
 }

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "parallel/pieces.h"
 #include "parallel/reduce_arrays.h"
 #include "parallel/shared_barrier.h"
 #include "parallel/watchdog.h"
@@ -43,49 +44,6 @@ struct MpiRuntime {
   }
   ~MpiRuntime() { MPI_Finalize(); }
   bool multiple = false;  // whether several threads may call MPI at once
-};
-
-// Walks a range of the concatenation of several arrays.
-class Cursor {
- public:
-  Cursor(std::span<const View> pieces, int64_t begin = 0)
-      : pieces_(pieces), width_(static_cast<int64_t>(SizeOf(pieces[0].dtype))), at_(begin) {
-    SkipEnds();
-  }
-
-  // Calls f(memory, offset in bytes within these n elements, bytes) for the next n elements.
-  template <class F>
-  void Move(int64_t n, F&& f) {
-    for (int64_t done = 0; done < n;) {
-      const int64_t count = std::min(n - done, pieces_[piece_].numel() - at_);
-      f(pieces_[piece_].as<char>() + at_ * width_, done * width_, count * width_);
-      done += count;
-      at_ += count;
-      SkipEnds();
-    }
-  }
-  void CopyOut(int64_t n, const char* from) {
-    Move(n, [&](char* memory, int64_t at, int64_t bytes) {
-      std::memcpy(memory, from + at, static_cast<size_t>(bytes));
-    });
-  }
-  void CopyIn(int64_t n, char* to) {
-    Move(n, [&](const char* memory, int64_t at, int64_t bytes) {
-      std::memcpy(to + at, memory, static_cast<size_t>(bytes));
-    });
-  }
-
- private:
-  void SkipEnds() {
-    while (piece_ < pieces_.size() && at_ >= pieces_[piece_].numel()) {
-      at_ -= pieces_[piece_].numel();
-      ++piece_;
-    }
-  }
-  std::span<const View> pieces_;
-  int64_t width_;
-  size_t piece_ = 0;
-  int64_t at_;
 };
 
 MpiRuntime& Runtime() {
@@ -138,7 +96,7 @@ class MpiCommunicator : public Communicator {
     if (barrier_ != nullptr) return barrier_->Wait(size_);
     SHOAL_MPI(MPI_Barrier(comm_));
   }
-  void WatchPeers(std::function<void(int, const std::string&)> report) override {
+  void WatchPeers(const std::function<void(int, const std::string&)>& report) override {
     if (barrier_ == nullptr || comm_ != MPI_COMM_WORLD) return;
     void* base = nullptr;
     const MPI_Aint bytes = static_cast<MPI_Aint>(sizeof(Beacon)) * size_;
@@ -150,7 +108,7 @@ class MpiCommunicator : public Communicator {
     if (rank_ == 0) std::memset(base, 0, static_cast<size_t>(bytes));
     SHOAL_MPI(MPI_Barrier(comm_));
     ProcessWatchdog() =
-        std::make_unique<Watchdog>(static_cast<Beacon*>(base), rank_, size_, std::move(report));
+        std::make_unique<Watchdog>(static_cast<Beacon*>(base), rank_, size_, report);
   }
   void Abort(int exit_code) override {
     if (size_ > 1) MPI_Abort(MPI_COMM_WORLD, exit_code);

@@ -10,6 +10,7 @@
 #include "core/base/thread_count.h"
 #include "core/context.h"
 #include "parallel/communicator.h"
+#include "parallel/pieces.h"
 #include "parallel/reduce_arrays.h"
 #include "parallel/shared_barrier.h"
 
@@ -70,18 +71,6 @@ class Family {
   std::vector<std::weak_ptr<Group>> groups_;
   int failed_ = 0;
 };
-
-// Where the elements [begin, end) of the pieces' concatenation lie: f(piece, first, count).
-template <class F>
-void ForRange(std::span<const View> pieces, int64_t begin, int64_t end, F&& f) {
-  int64_t at = 0;
-  for (size_t p = 0; p < pieces.size(); ++p) {
-    const int64_t n = pieces[p].numel();
-    const int64_t from = std::max(begin, at), to = std::min(end, at + n);
-    if (from < to) f(p, from - at, to - from);
-    at += n;
-  }
-}
 
 class ThreadCommunicator : public Communicator {
  public:
@@ -219,7 +208,10 @@ class ThreadCommunicator : public Communicator {
  private:
   Offer& Of(int r) const { return group_->offers[static_cast<size_t>(r)]; }
   std::atomic<const View*>& Box(int from, int to) const {
-    return group_->mailboxes[static_cast<size_t>(from * size() + to)].message;
+    return group_
+        ->mailboxes[static_cast<size_t>(from) * static_cast<size_t>(size()) +
+                    static_cast<size_t>(to)]
+        .message;
   }
   char* At(int r, size_t piece, int64_t element) const {
     const View& v = Of(r).pieces[piece];

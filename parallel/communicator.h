@@ -77,7 +77,7 @@ class Communicator {
 
   // Calls `report(rank, what)` from another thread when a rank of this host is found to be dead or
   // stopped; it should end the program. Processes only: a thread ends with the others.
-  virtual void WatchPeers(std::function<void(int, const std::string&)> /*report*/) {}
+  virtual void WatchPeers(const std::function<void(int, const std::string&)>& /*report*/) {}
 
   // Ends the other ranks' waiting: their calls throw PeerFailed (threads), or they are ended with
   // `exit_code` (processes).

@@ -27,7 +27,7 @@ class Entrance {
   explicit Entrance(Communicator& group) : group_(group) {}
 
   Tensor operator()(const Tensor& x) {
-    const std::shared_ptr<Node> node = x.node();
+    const std::shared_ptr<Node>& node = x.node();
     if (node == nullptr) return x;
     std::shared_ptr<Node> entered = entered_.lock();
     if (node_.lock() == node && entered != nullptr) {

@@ -12,7 +12,8 @@ inline void CheckAlike(const char* op, const Tensor& a, const Tensor& b) {
               Name(a.dtype()), a.shape().ToString(), Name(b.dtype()), b.shape().ToString());
 }
 
-// `t` itself if its memory is nobody else's, else a copy.
+// `t` itself if its memory is nobody else's, else a copy. By value: a caller gives its own up.
+// NOLINTNEXTLINE(performance-unnecessary-value-param)
 inline Tensor Overwritable(Tensor t) { return t.exclusive() && t.contiguous() ? t : t.Clone(); }
 
 // [..., D] as a matrix [M, D].

@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 class Store : public ::testing::Test {
  protected:
   void SetUp() override {
-    directory_ = fs::temp_directory_path() / fmt::format("shoal_store_{}_{}", getpid(), counter_++);
+    directory_ = fs::temp_directory_path() / fmt::format("shoal_store_{}_{}", getpid(), counter++);
     fs::create_directories(directory_);
   }
   void TearDown() override { fs::remove_all(directory_); }
@@ -54,7 +54,7 @@ class Store : public ::testing::Test {
   }
 
   fs::path directory_;
-  static inline int counter_ = 0;
+  static inline int counter = 0;
 };
 
 TEST_F(Store, RoundTripIsBitwise) {

@@ -118,7 +118,7 @@ TEST_F(ProgramRefuses, MissingOrUnreadableConfiguration) {
   ExpectOneBlock(Run({"train", "empty.toml"}), kConfig, {"empty.toml: run.dir is required"});
   WriteText(Path("garbage.toml"), std::string("\x7f"
                                               "ELF\0\1\2\xff\xfe garbage",
-                                              18));
+                                              17));
   ExpectOneBlock(Run({"train", "garbage.toml"}), kConfig, {"garbage.toml:1:"});
   WriteText(Path("open.toml"), "[run\ndir = 3");
   ExpectOneBlock(Run({"train", "open.toml"}), kConfig, {"open.toml:1:"});

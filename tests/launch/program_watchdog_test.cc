@@ -25,8 +25,10 @@ class ProgramWatchdog : public ProgramTest {
     s.Set("run.steps", "1000000").Set("checkpoint.every", "2").Set("zero.stage", "2");
     WriteText(Path("a.toml"), s.Text());
     std::vector<std::string> words = MpirunWords();
-    for (const char* w : {"-n", "3", SHOAL_BINARY_DIR "/bin/shoal", "train", "a.toml"})
-      words.emplace_back(w);
+    const std::string program_path = SHOAL_BINARY_DIR "/bin/shoal";
+    for (const std::string& w : {std::string("-n"), std::string("3"), program_path,
+                                 std::string("train"), std::string("a.toml")})
+      words.push_back(w);
     ProgramOptions options;
     options.directory = directory_.path();
     options.seconds = 60;

@@ -355,7 +355,7 @@ TEST(ThreadRanks, EachRankCountsItsOwnMemory) {
   RunThreadRanks(3, 1, [](Communicator& c) {
     Allocator& allocator = *ExecutionContext::Current().allocator();
     void* data =
-        allocator.Allocate(static_cast<size_t>(100 * (c.rank() + 1)), MemoryClass::kActivations);
+        allocator.Allocate(100 * static_cast<size_t>(c.rank() + 1), MemoryClass::kActivations);
     c.Barrier();
     EXPECT_EQ(allocator.stats().live_total, 100 * (c.rank() + 1));
     allocator.Free(data);
