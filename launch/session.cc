@@ -68,6 +68,16 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   return options;
 }
 
+std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
+                               int64_t step, int64_t replica) {
+  std::vector<Batch> batches;
+  for (int64_t i = 0; i < plan.micro_batches; ++i) {
+    batches.push_back(loader.Train(step - 1, config.batch.sequences,
+                                   replica * plan.per_replica + i * plan.micro, plan.micro));
+  }
+  return batches;
+}
+
 std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn) {
   if (fs::exists(fs::path(path) / "manifest.json")) {
     VerifySave(path);

@@ -24,6 +24,10 @@ OpenedData OpenData(Config* config);
 DType ComputeDType(const Config& config);  // of precision.compute
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
 
+// What replica `replica` computes in step `step` (from 1), a batch per pass.
+std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
+                               int64_t step, int64_t replica);
+
 // `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
 // `warn` each) or a save. Error(kStorage) with the reason if there is none.
 std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);

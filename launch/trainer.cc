@@ -231,11 +231,8 @@ void Run::Step(int64_t step) {
   StepMetrics m;
   m.step = step;
   m.lr = schedule_.At(step);
-  std::vector<Batch> batches;
-  for (int64_t i = 0; i < plan_.micro_batches; ++i) {
-    const int64_t first = step_->mesh().data().rank() * plan_.per_replica + i * plan_.micro;
-    batches.push_back(data_.loader->Train(step - 1, config_.batch.sequences, first, plan_.micro));
-  }
+  const std::vector<Batch> batches =
+      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().data().rank());
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
   m.seconds = Since(begin);

@@ -66,16 +66,6 @@ class Comparison {
   Verification* result_;
 };
 
-std::vector<Batch> Batches(const Config& config, const BatchPlan& plan, const Loader& loader,
-                           int64_t step, int64_t replica) {
-  std::vector<Batch> batches;
-  for (int64_t i = 0; i < plan.micro_batches; ++i) {
-    batches.push_back(loader.Train(step - 1, config.batch.sequences,
-                                   replica * plan.per_replica + i * plan.micro, plan.micro));
-  }
-  return batches;
-}
-
 }  // namespace
 
 Tolerance ToleranceOf(const Config& config) {
@@ -111,10 +101,10 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     }
     for (int64_t step = 1; step <= steps; ++step) {
       const TrainingStep::Result got = many.Run(
-          Batches(mine, plan, *data.loader, step, many.mesh().data().rank()), mine.optim.lr);
+          StepBatches(mine, plan, *data.loader, step, many.mesh().data().rank()), mine.optim.lr);
       if (one) {
         const TrainingStep::Result expected =
-            one->Run(Batches(one_config, one_plan, *data.loader, step, 0), mine.optim.lr);
+            one->Run(StepBatches(one_config, one_plan, *data.loader, step, 0), mine.optim.lr);
         comparison.Scalar(step, "loss", expected.loss, got.loss);
         comparison.Scalar(step, "grad_norm", expected.grad_norm, got.grad_norm);
       }

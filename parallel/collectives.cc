@@ -30,16 +30,11 @@ std::vector<int64_t> Times(std::span<const int64_t> rows, int64_t width) {
   return elements;
 }
 
-// A contiguous copy in `dtype` that may be overwritten.
-Tensor Fresh(const Tensor& x, DType dtype) {
-  if (dtype == x.dtype()) return x.Clone(MemoryClass::kCommunication);
-  return x.To(dtype, MemoryClass::kCommunication);
-}
-
 // By value: a caller gives its own up.
 // NOLINTNEXTLINE(performance-unnecessary-value-param)
 Tensor Overwritable(Tensor x, DType dtype) {
-  return x.exclusive() && x.contiguous() && x.dtype() == dtype ? x : Fresh(x, dtype);
+  if (x.exclusive() && x.contiguous() && x.dtype() == dtype) return x;
+  return x.To(dtype, MemoryClass::kCommunication);
 }
 
 Tensor Rounded(const Tensor& x, DType dtype) { return x.dtype() == dtype ? x : x.To(dtype); }
@@ -72,8 +67,7 @@ Tensor Scattered(Tensor x, std::span<const int64_t> bounds, Communicator& group)
   const Tensor sums = Overwritable(std::move(x), AccumulatorDType(dtype));
   const View view = sums.view();
   group.ReduceScatter(std::span(&view, 1), Times(bounds, width));
-  const Tensor mine = sums.Narrowed(0, Begin(bounds, group), Count(bounds, group));
-  return mine.dtype() == dtype ? mine.Clone() : mine.To(dtype);
+  return sums.Narrowed(0, Begin(bounds, group), Count(bounds, group)).To(dtype);
 }
 
 Tensor Exchanged(const Tensor& x, std::span<const int64_t> send_rows,
@@ -114,7 +108,8 @@ Tensor Enter(const Tensor& x, Communicator& group) {
 Tensor AllReduce(const Tensor& x, Communicator& group, DType dtype) {
   if (group.size() == 1 && x.dtype() == dtype) return x;
   const DType wide = AccumulatorDType(dtype);
-  const Tensor sum = wide == dtype ? x.Clone() : Fresh(x, wide);
+  const Tensor sum =
+      x.To(wide, wide == dtype ? MemoryClass::kActivations : MemoryClass::kCommunication);
   Sum(sum, group);
   return Record("all_reduce", Rounded(sum, dtype).Detached(), {x}, {},
                 [](GradContext& context) { context.Give(0, context.TakeGrad()); });

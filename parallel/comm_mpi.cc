@@ -131,7 +131,7 @@ class MpiCommunicator : public Communicator {
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
     const InCollective mark(Collective::kAllReduce);
     if (barrier_ != nullptr) return AllReduceShared(pieces, op);
-    const std::vector<int64_t> bounds = EqualBounds(pieces);
+    const std::vector<int64_t> bounds = ShardBounds(Total(pieces), size_);
     ReduceScatterMpi(pieces, bounds, op);
     AllGatherMpi(pieces, bounds);
   }
@@ -283,8 +283,7 @@ class MpiCommunicator : public Communicator {
     const DType dtype = pieces[0].dtype;
     const int64_t width = static_cast<int64_t>(SizeOf(dtype)), chunk = kStagingBytes / width;
     std::vector<const void*> sources(static_cast<size_t>(size_));
-    int64_t total = 0;
-    for (const View& piece : pieces) total += piece.numel();
+    const int64_t total = Total(pieces);
     Cursor in(pieces), out(pieces);
     for (int64_t begin = 0; begin < total; begin += chunk, buffer_ ^= 1) {
       const int64_t n = std::min(chunk, total - begin);
@@ -335,12 +334,10 @@ class MpiCommunicator : public Communicator {
     for (const int64_t count : counts) offsets.push_back(offsets.back() + count);
     return offsets;
   }
-  std::vector<int64_t> EqualBounds(std::span<const View> pieces) const {
+  static int64_t Total(std::span<const View> pieces) {
     int64_t n = 0;
     for (const View& piece : pieces) n += piece.numel();
-    std::vector<int64_t> bounds;
-    for (int r = 0; r <= size_; ++r) bounds.push_back(ShardBegin(n, r, size_));
-    return bounds;
+    return n;
   }
   int64_t MaxOverRanks(int64_t value) const {
     int64_t most = 0;

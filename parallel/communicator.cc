@@ -78,10 +78,8 @@ void CheckFloat(const char* op, DType dtype) {
 
 std::vector<int64_t> Bounds(const char* op, std::span<const int64_t> given, int64_t elements,
                             int size) {
+  if (given.empty()) return ShardBounds(elements, size);
   std::vector<int64_t> bounds(given.begin(), given.end());
-  if (given.empty()) {
-    for (int r = 0; r <= size; ++r) bounds.push_back(ShardBegin(elements, r, size));
-  }
   SHOAL_CHECK(static_cast<int>(bounds.size()) == size + 1 && bounds.front() == 0 &&
                   bounds.back() == elements && std::is_sorted(bounds.begin(), bounds.end()),
               op, "bounds of {} elements over {} ranks must rise from 0 to {}", elements, size,
@@ -89,7 +87,23 @@ std::vector<int64_t> Bounds(const char* op, std::span<const int64_t> given, int6
   return bounds;
 }
 
+// Elements that `rank` sends in the ring form: every share but its own to be summed, and every sum
+// but its neighbour's.
+int64_t SentToScatter(std::span<const int64_t> bounds, int rank) {
+  const auto r = static_cast<size_t>(rank);
+  return bounds.back() - (bounds[r + 1] - bounds[r]);
+}
+int64_t SentToGather(std::span<const int64_t> bounds, int rank) {
+  return SentToScatter(bounds, (rank + 1) % static_cast<int>(bounds.size() - 1));
+}
+
 }  // namespace
+
+std::vector<int64_t> ShardBounds(int64_t n, int size) {
+  std::vector<int64_t> bounds;
+  for (int r = 0; r <= size; ++r) bounds.push_back(ShardBegin(n, r, size));
+  return bounds;
+}
 
 bool Communicator::Count(int64_t bytes, Traffic traffic, const View& like) {
   wire_bytes_[static_cast<int>(traffic)] += bytes;
@@ -100,12 +114,8 @@ void Communicator::AllReduce(std::span<const View> pieces, ReduceOp op, Traffic 
   if (size() == 1 || pieces.empty()) return;
   const int64_t elements = CheckPieces("all-reduce", pieces);
   CheckFloat("all-reduce", pieces[0].dtype);
-  // Ring form: a rank sends every shard but its own to be summed, and then every sum but its
-  // neighbour's.
-  const auto shard = [&](int r) {
-    return ShardBegin(elements, r + 1, size()) - ShardBegin(elements, r, size());
-  };
-  const int64_t sent = 2 * elements - shard(rank()) - shard((rank() + 1) % size());
+  const std::vector<int64_t> b = ShardBounds(elements, size());
+  const int64_t sent = SentToScatter(b, rank()) + SentToGather(b, rank());
   const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
   if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "AllReduce");
@@ -118,8 +128,7 @@ void Communicator::ReduceScatter(std::span<const View> pieces, std::span<const i
   const int64_t elements = CheckPieces("reduce-scatter", pieces);
   CheckFloat("reduce-scatter", pieces[0].dtype);
   const std::vector<int64_t> b = Bounds("reduce-scatter", bounds, elements, size());
-  const auto r = static_cast<size_t>(rank());
-  const int64_t sent = elements - (b[r + 1] - b[r]);
+  const int64_t sent = SentToScatter(b, rank());
   const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
   if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "ReduceScatter");
@@ -131,8 +140,7 @@ void Communicator::AllGather(std::span<const View> pieces, std::span<const int64
   if (size() == 1 || pieces.empty()) return;
   const int64_t elements = CheckPieces("all-gather", pieces);
   const std::vector<int64_t> b = Bounds("all-gather", bounds, elements, size());
-  const auto next = static_cast<size_t>((rank() + 1) % size());
-  const int64_t sent = elements - (b[next + 1] - b[next]);
+  const int64_t sent = SentToGather(b, rank());
   const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
   if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "AllGather");

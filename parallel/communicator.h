@@ -26,6 +26,8 @@ enum class Traffic { kData, kControl };  // tensors, or scalars that steer the r
 
 // Where the share of rank `rank` of `size` begins in n elements: rank = size gives n.
 inline int64_t ShardBegin(int64_t n, int rank, int size) { return n * rank / size; }
+// Of all ranks: size + 1 offsets.
+std::vector<int64_t> ShardBounds(int64_t n, int size);
 
 class Communicator {
  public:

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <unordered_map>
-#include <unordered_set>
 
 #include "core/base/mutation.h"
 #include "kernels/copy.h"
@@ -295,10 +294,15 @@ void ZeroOptimizer::Step(double lr, double gradient_scale) {
     }
     bucket.gradient = Tensor();
     for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
-    if (options_.stage == 1 || options_.stage == 2)
-      queue_.Post([values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
+    if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
   }
   queue_.WaitAll();
+}
+
+// From the ranks' shares to whole parameters on all of them.
+CommQueue::Ticket ZeroOptimizer::Gather(const Bucket& bucket) {
+  return queue_.Post(
+      [values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
 }
 
 std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
@@ -324,8 +328,7 @@ std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
 
 void ZeroOptimizer::ShareValues() {
   for (const Bucket& bucket : buckets_) {
-    if (options_.stage == 1 || options_.stage == 2)
-      queue_.Post([values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
+    if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
   }
   queue_.WaitAll();
 }
@@ -375,8 +378,7 @@ void ZeroOptimizer::Request(Unit& unit) {
                     Flat(bucket->parameters[s.parameter]->value(), s.begin, s.count),
                     Flat(bucket->values, s.at, s.count));
     }
-    unit.ticket = queue_.Post(
-        [values = Values(bucket->parameters)](Communicator& c) { c.AllGather(values); });
+    unit.ticket = Gather(*bucket);
   }
 }
 

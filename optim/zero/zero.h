@@ -117,6 +117,7 @@ class ZeroOptimizer {
   void ReduceReady();
   void Reduce(Bucket& bucket);
   void Retire(Bucket& bucket);
+  CommQueue::Ticket Gather(const Bucket& bucket);
 
   void Request(Unit& unit);
   void Ensure(Unit& unit);

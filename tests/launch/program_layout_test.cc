@@ -2,7 +2,6 @@
 // continued on another.
 #include <fmt/core.h>
 
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "tests/launch/program.h"
@@ -32,10 +31,6 @@ class ProgramLayout : public ProgramTest {
     s.Set("zero.stage", std::to_string(layout.zero_stage));
     return s;
   }
-  static std::string ReadFile(const std::string& path) {
-    std::ifstream in(path);
-    return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
-  }
   void ExpectSameRun(const std::string& one, const std::string& many, const std::string& what) {
     const std::vector<StepMetrics> a = Metrics(one), b = Metrics(many);
     ASSERT_EQ(a.size(), b.size()) << what;
@@ -56,7 +51,7 @@ class ProgramLayout : public ProgramTest {
   // plan.json against the last step: every class of memory but what kernels need for themselves,
   // and every axis.
   void ExpectAsPlanned(const std::string& run, const std::string& what) {
-    const ordered_json plan = ordered_json::parse(ReadFile(Path(run + "/plan.json")));
+    const ordered_json plan = ordered_json::parse(ReadText(Path(run + "/plan.json")));
     const StepMetrics last = Metrics(run).back();
     const ordered_json& rank = plan["ranks"][0];
     for (const auto& [name, bytes] : last.peak_bytes) {
@@ -117,7 +112,7 @@ TEST_F(ProgramLayout, ASaveGoesOnOnAnother) {
                                       "--local-ranks", std::to_string(from[i].ranks)})
                   .exit_code,
               0);
-    std::string config = ReadFile(Path(run + "/config.toml"));
+    std::string config = ReadText(Path(run + "/config.toml"));
     const auto change = [&](const std::string& key, const std::string& value) {
       const size_t at = config.find("\n" + key + " = ") + 1;
       ASSERT_NE(at, 0u) << key;
