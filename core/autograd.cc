@@ -5,6 +5,7 @@
 #include <queue>
 #include <unordered_set>
 
+#include "core/placement_rules.h"
 #include "kernels/elementwise.h"
 
 namespace shoal {
@@ -47,9 +48,12 @@ bool WantsGradient(const std::vector<Tensor>& inputs) {
 
 Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
-              std::optional<DType> gradient_dtype) {
+              const RecordOptions& options) {
+  out.set_placement(options.placement ? *options.placement
+                                      : UniformPlacement(name, inputs, options.linear));
   if (!WantsGradient(inputs)) return out;
-  auto node = std::make_shared<Node>(name, out.shape(), gradient_dtype.value_or(out.dtype()));
+  auto node =
+      std::make_shared<Node>(name, out.shape(), options.gradient_dtype.value_or(out.dtype()));
   for (const Tensor& input : inputs)
     node->inputs_.push_back(input.defined() ? input.node() : nullptr);
   for (const Tensor& t : kept) node->saved_.emplace_back(t);
@@ -131,6 +135,13 @@ class BackwardPass {
       } else {
         SHOAL_CHECK(root.numel() == 1, "backward", "a result of shape {} needs a gradient",
                     root.shape().ToString());
+        for (int a = 0; a < kMeshAxes; ++a) {
+          const auto axis = static_cast<MeshAxis>(a);
+          const AxisPlacement p = root.placement()[axis];
+          if (p.kind != AxisPlacement::kInvariant && p.kind != AxisPlacement::kPartial)
+            FailPlacement("backward", axis, root, 0,
+                          "is no loss: it must be invariant, or one rank's part of a sum");
+        }
         node->gradient_ = Tensor::Full(root.shape(), root.dtype(), 1);
       }
       ready_.push(node);

@@ -17,6 +17,7 @@
 namespace shoal {
 
 class GradContext;
+struct RecordOptions;
 
 class Node {
  public:
@@ -26,13 +27,14 @@ class Node {
   Node& operator=(const Node&) = delete;
 
   const char* name() const { return name_; }
+  const std::vector<std::shared_ptr<Node>>& inputs() const { return inputs_; }
   virtual bool is_leaf() const { return false; }
 
  private:
   friend class GradContext;
   friend class BackwardPass;
   friend Tensor Record(const char*, Tensor, const std::vector<Tensor>&, const std::vector<Tensor>&,
-                       std::function<void(GradContext&)>, std::optional<DType>);
+                       std::function<void(GradContext&)>, const RecordOptions&);
 
   const char* name_;
   uint64_t sequence_;  // creation order
@@ -57,6 +59,7 @@ class Leaf : public Node {
   Leaf(const Dims& shape, DType value_dtype);
   bool is_leaf() const override { return true; }
 
+  std::string name;  // of the parameter; for errors
   Tensor grad;       // undefined until the first share
   DType grad_dtype;  // starts as the value's dtype
   MemoryClass memory_class = MemoryClass::kGradients;
@@ -116,17 +119,21 @@ struct BackwardOptions {
   DeferredGradients* deferred = nullptr;  // if set, only activations' gradients are computed now
 };
 
-// Differentiates `root`; `gradient` may be left out for a scalar (then it is 1). The graph is used
-// up. If it throws, leaves hold parts of gradients: drop them; a later pass over another graph is
-// whole again.
+// Differentiates `root`; `gradient` may be left out for a scalar (then it is 1, on every rank: the
+// scalar is the same on all, or partial). The graph is used up. If it throws, leaves hold parts of
+// gradients: drop them; a later pass over another graph is whole again.
 void Backward(const Tensor& root, const Tensor& gradient = {}, const BackwardOptions& options = {});
 
+struct RecordOptions {
+  std::optional<DType> gradient_dtype;  // in which gradients of `out` add up; by default its own
+  std::optional<Placement> placement;   // of `out`; by default UniformPlacement of the inputs
+  bool linear = false;                  // in all inputs together; see UniformPlacement
+};
 // For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.
-// `kept` is what backward will ask for by Saved(i). Gradients of `out` are added up in
-// `gradient_dtype`, by default that of `out`.
+// `kept` is what backward will ask for by Saved(i).
 Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
-              std::optional<DType> gradient_dtype = std::nullopt);
+              const RecordOptions& options = {});
 bool WantsGradient(const std::vector<Tensor>& inputs);
 
 bool GradEnabled();

@@ -50,7 +50,8 @@ Tensor LayerNorm::Forward(const Tensor& x) {
   return ops::LayerNorm(x, weight_->Use(), bias_->Use(), eps_);
 }
 
-Dropout::Dropout(double p, const std::string& site) : p_(p), stream_(HashName(site)) {}
+Dropout::Dropout(double p, std::string site)
+    : p_(p), site_(std::move(site)), stream_(HashName(site_)) {}
 
 Tensor Dropout::Forward(const Tensor& x, const SequenceInfo& info) {
   if (!info.training || p_ == 0) return x;

@@ -66,11 +66,14 @@ class LayerNorm : public UnaryModule {
 // Its mask is a function of (seed, site, token number, column); `site` tells dropouts apart.
 class Dropout : public Module {
  public:
-  Dropout(double p, const std::string& site);
-  Tensor Forward(const Tensor& x, const SequenceInfo& info);
+  Dropout(double p, std::string site);
+  virtual Tensor Forward(const Tensor& x, const SequenceInfo& info);
+  double p() const { return p_; }
+  const std::string& site() const { return site_; }
 
  private:
   double p_;
+  std::string site_;
   uint64_t stream_;
 };
 

@@ -17,10 +17,12 @@ void Visit(const std::string& path, Module& module,
 Tensor BackwardHook(const char* name, Module* module, const std::vector<ModuleHooks::Hook>& hooks,
                     const Tensor& x) {
   if (hooks.empty() || !x.defined()) return x;
-  return Record(name, x.Detached(), {x}, {}, [module, &hooks](GradContext& context) {
-    for (const auto& hook : hooks) hook(*module);
-    context.Give(0, context.TakeGrad());
-  });
+  return Record(name, x.Detached(), {x}, {},
+                [module, &hooks](GradContext& context) {
+                  for (const auto& hook : hooks) hook(*module);
+                  context.Give(0, context.TakeGrad());
+                },
+                {.linear = true});
 }
 
 }  // namespace

@@ -20,14 +20,15 @@ void Parameter::TakeSlice(int dim, int64_t begin, int64_t count) {
 void Parameter::Materialize(DType dtype, MemoryClass memory_class) {
   value_ = Tensor::Empty(shape_, dtype, memory_class);
   leaf_ = std::make_shared<Leaf>(shape_, dtype);
+  leaf_->name = name_;
 }
 
 Tensor Parameter::Use() const {
   SHOAL_CHECK(value_.defined(), name_, "is used before it has memory");
   if (use_hook_) use_hook_();
-  if (!requires_grad_) return value_;
   Tensor use = value_.Detached();
-  use.set_node(leaf_);
+  use.set_placement(placement_);
+  if (requires_grad_) use.set_node(leaf_);
   return use;
 }
 

@@ -50,6 +50,11 @@ class Parameter {
   void set_gradient_sum(std::function<void(const Tensor&)> sum) { gradient_sum_ = std::move(sum); }
   const std::function<void(const Tensor&)>& gradient_sum() const { return gradient_sum_; }
 
+  // What the slice is to the ranks of an axis. Where it is replicated, somebody has undertaken to
+  // sum its gradient.
+  const Placement& placement() const { return placement_; }
+  void Place(MeshAxis axis, AxisPlacement placement) { placement_.Set(axis, placement); }
+
   // Obtains memory for the slice (values undefined; see InitParameter).
   void Materialize(DType dtype, MemoryClass memory_class = MemoryClass::kParameters);
 
@@ -67,6 +72,7 @@ class Parameter {
   Dims global_shape_, offset_, shape_;
   std::vector<std::string> axes_;
   InitSpec init_;
+  Placement placement_;
   Tensor value_;
   std::shared_ptr<Leaf> leaf_;
   std::function<void()> use_hook_;

@@ -143,6 +143,7 @@ Tensor Tensor::Clone(MemoryClass memory_class) const { return To(dtype(), memory
 Tensor Tensor::To(DType dtype, MemoryClass memory_class) const {
   Tensor out = Empty(shape(), dtype, memory_class);
   out.CopyFrom(*this);
+  out.set_placement(placement());
   return out;
 }
 

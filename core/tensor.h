@@ -9,6 +9,7 @@
 #include "core/allocator.h"
 #include "core/base/view.h"
 #include "core/context.h"
+#include "core/placement.h"
 
 namespace shoal {
 
@@ -112,6 +113,9 @@ class Tensor {
   // The graph: null when no gradient is wanted.
   const std::shared_ptr<Node>& node() const;
   void set_node(std::shared_ptr<Node> node) const;
+  // What it is to other ranks. Views and copies have that of their source.
+  const Placement& placement() const { return impl_->placement; }
+  void set_placement(const Placement& placement) const { impl_->placement = placement; }
 
  private:
   struct Impl {
@@ -119,6 +123,7 @@ class Tensor {
     int64_t offset = 0;  // elements
     Dims shape, strides;
     DType dtype = DType::kF32;
+    Placement placement;
     std::shared_ptr<Node> node;
   };
   explicit Tensor(Impl impl) : impl_(std::make_shared<Impl>(std::move(impl))) {}

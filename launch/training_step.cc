@@ -27,7 +27,8 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     : options_(options),
       mesh_(world, Filled(options.mesh, world.size())),
       model_(BuildModel(options.model)) {
-  ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp), mesh_.axis(MeshAxis::kTp));
+  ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp), mesh_.axis(MeshAxis::kTp),
+                      options.sequence_parallel);
   std::vector<Module*> blocks;
   for (const auto& block : model_->blocks()) blocks.push_back(block.get());
   ZeroOptions zero;
@@ -50,14 +51,21 @@ void TrainingStep::set_profile(KernelProfile* profile) {
 
 Tensor TrainingStep::Loss(const Batch& batch, double normalizer, bool training) {
   const Dims shape = {batch.count, batch.length};
+  // Each replica has its own sequences.
+  const auto of_replica = [&](Tensor t) {
+    Placement placement;
+    if (mesh_.shape().dp > 1) placement.Set(MeshAxis::kDp, AxisPlacement::Sharded(0));
+    t.set_placement(placement);
+    return t;
+  };
   SequenceInfo info;
-  info.positions = Tensor::From(batch.positions, shape);
-  if (!batch.documents.empty()) info.documents = Tensor::From(batch.documents, shape);
-  info.token_numbers = Tensor::From(batch.token_numbers, {batch.count * batch.length});
+  info.positions = of_replica(Tensor::From(batch.positions, shape));
+  if (!batch.documents.empty()) info.documents = of_replica(Tensor::From(batch.documents, shape));
+  info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
   info.seed = options_.seed;
   info.training = training;
-  const Tensor hidden = model_->Hidden(Tensor::From(batch.tokens, shape), info);
-  return model_->Loss(hidden, Tensor::From(batch.labels, shape), normalizer);
+  const Tensor hidden = model_->Hidden(of_replica(Tensor::From(batch.tokens, shape)), info);
+  return model_->Loss(hidden, of_replica(Tensor::From(batch.labels, shape)), normalizer);
 }
 
 TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, double lr) {

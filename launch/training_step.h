@@ -20,7 +20,8 @@ struct TrainingOptions {
   UpdateRuleOptions rule;
   double clip = 0;  // global norm; 0: never
   uint64_t seed = 1;
-  MeshShape mesh = {.dp = 0};  // dp 0: fills the ranks there are
+  MeshShape mesh = {.dp = 0};      // dp 0: fills the ranks there are
+  bool sequence_parallel = false;  // norms and residuals by tokens over tp
   int zero_stage = 0;
 };
 

@@ -38,7 +38,8 @@ Attention::Attention(const ModelConfig& config, int layer, Options options)
 }
 
 Tensor Attention::Forward(const Tensor& x, const SequenceInfo& info) {
-  const int64_t b = x.dim(0), t = x.dim(1);
+  // Not those of x: the rows of some of the tokens may be elsewhere.
+  const int64_t b = info.positions.dim(0), t = info.positions.dim(1);
   const Dims heads = {b, t, -1, head_dim_};
   Tensor q = ops::Reshape((*q_)(x), heads);  // [B, T, N, H]
   Tensor k = ops::Reshape((*k_)(x), heads);  // [B, T, K, H]

@@ -20,7 +20,7 @@ class Attention : public Module {
     bool rope = true;
   };
   Attention(const ModelConfig& config, int layer, Options options);
-  Tensor Forward(const Tensor& x, const SequenceInfo& info);  // [B, T, D] -> [B, T, D]
+  Tensor Forward(const Tensor& x, const SequenceInfo& info);  // [B, T, D] or rows of it -> the same
 
  private:
   int layer_;

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "core/base/mutation.h"
+#include "core/placement_rules.h"
 
 namespace shoal::collectives {
 namespace {
@@ -61,8 +62,7 @@ Tensor Gathered(const Tensor& x, std::span<const int64_t> bounds, Communicator& 
 }
 
 // All rows, partial -> this rank's sums, in at least f32 on the way.
-Tensor Scattered(Tensor x, std::span<const int64_t> bounds, Communicator& group) {
-  const DType dtype = x.dtype();
+Tensor Scattered(Tensor x, std::span<const int64_t> bounds, Communicator& group, DType dtype) {
   const int64_t width = RowWidth(x);
   const Tensor sums = Overwritable(std::move(x), AccumulatorDType(dtype));
   const View view = sums.view();
@@ -90,11 +90,38 @@ Tensor Shifted(const Tensor& x, int by, Communicator& group) {
   return Exchanged(x, send, receive, group);
 }
 
+using Kind = AxisPlacement::Kind;
+
+// Of the result of a collective that takes `in` to `out` on the group's axis; the other axes stay.
+Placement Placed(const char* op, const Tensor& x, const Communicator& group, AxisPlacement in,
+                 AxisPlacement out) {
+  Placement placement = UniformPlacement(op, std::span(&x, 1), true);
+  if (!group.axis()) return placement;
+  if (placement[*group.axis()] != in)
+    FailPlacement(op, *group.axis(), x, 0, fmt::format("is not {}", in.ToString()));
+  placement.Set(*group.axis(), out);
+  return placement;
+}
+
+// Of an exchange of rows, of whatever they are parts.
+Placement PlacedApart(const char* op, const Tensor& x, const Communicator& group) {
+  Placement placement = UniformPlacement(op, std::span(&x, 1), true);
+  if (group.axis()) {
+    if (placement[*group.axis()].kind == Kind::kPartial)
+      FailPlacement(op, *group.axis(), x, 0, "is a part of a sum");
+    placement.Set(*group.axis(), {Kind::kVarying});
+  }
+  return placement;
+}
+
 }  // namespace
 
 Tensor Enter(const Tensor& x, Communicator& group) {
   if (group.size() == 1) return x;
   const DType dtype = x.dtype();
+  RecordOptions options;
+  options.gradient_dtype = AccumulatorDType(dtype);
+  options.placement = Placed("enter", x, group, {Kind::kInvariant}, {Kind::kReplicated});
   return Record(
       "enter", x.Detached(), {x}, {},
       [&group, dtype](GradContext& context) {
@@ -102,58 +129,87 @@ Tensor Enter(const Tensor& x, Communicator& group) {
         if (!Mutated(Mutation::kPartialTakenForWhole)) Sum(sum, group);
         context.Give(0, Rounded(sum, dtype));
       },
-      AccumulatorDType(dtype));
+      options);
 }
 
 Tensor AllReduce(const Tensor& x, Communicator& group, DType dtype) {
   if (group.size() == 1 && x.dtype() == dtype) return x;
   const DType wide = AccumulatorDType(dtype);
+  RecordOptions options;
+  options.placement = Placed("all_reduce", x, group, {Kind::kPartial}, {Kind::kInvariant});
   const Tensor sum =
       x.To(wide, wide == dtype ? MemoryClass::kActivations : MemoryClass::kCommunication);
   Sum(sum, group);
-  return Record("all_reduce", Rounded(sum, dtype).Detached(), {x}, {},
-                [](GradContext& context) { context.Give(0, context.TakeGrad()); });
+  return Record(
+      "all_reduce", Rounded(sum, dtype).Detached(), {x}, {},
+      [](GradContext& context) { context.Give(0, context.TakeGrad()); }, options);
 }
 
 Tensor AllGather(const Tensor& x, std::span<const int64_t> bounds, Communicator& group) {
   if (group.size() == 1) return x;
-  return Record("all_gather", Gathered(x, bounds, group), {x}, {},
-                [&group, bounds = Copy(bounds)](GradContext& context) {
-                  context.Give(0, Scattered(context.TakeGrad(), bounds, group));
-                });
+  const DType dtype = x.dtype();
+  RecordOptions options;
+  options.gradient_dtype = AccumulatorDType(dtype);
+  options.placement =
+      Placed("all_gather", x, group, AxisPlacement::Sharded(0), {Kind::kReplicated});
+  return Record(
+      "all_gather", Gathered(x, bounds, group), {x}, {},
+      [&group, dtype, bounds = Copy(bounds)](GradContext& context) {
+        context.Give(0, Scattered(context.TakeGrad(), bounds, group, dtype));
+      },
+      options);
 }
 
-Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communicator& group) {
-  if (group.size() == 1) return x;
-  return Record("reduce_scatter", Scattered(x.Detached(), bounds, group), {x}, {},
-                [&group, bounds = Copy(bounds)](GradContext& context) {
-                  context.Give(0, Gathered(context.TakeGrad(), bounds, group));
-                });
+Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communicator& group,
+                     DType dtype) {
+  if (group.size() == 1 && x.dtype() == dtype) return x;
+  RecordOptions options;
+  options.placement =
+      Placed("reduce_scatter", x, group, {Kind::kPartial}, AxisPlacement::Sharded(0));
+  return Record(
+      "reduce_scatter", Scattered(x.Detached(), bounds, group, dtype), {x}, {},
+      [&group, bounds = Copy(bounds)](GradContext& context) {
+        context.Give(0, Gathered(context.TakeGrad(), bounds, group));
+      },
+      options);
 }
 
 Tensor Shard(const Tensor& x, std::span<const int64_t> bounds, Communicator& group) {
   if (group.size() == 1) return x;
+  RecordOptions options;
+  options.placement = Placed("shard", x, group, {Kind::kInvariant}, AxisPlacement::Sharded(0));
   const Tensor mine = x.Narrowed(0, Begin(bounds, group), Count(bounds, group)).Clone();
-  return Record("shard", mine, {x}, {}, [&group, bounds = Copy(bounds)](GradContext& context) {
-    context.Give(0, Gathered(context.TakeGrad(), bounds, group));
-  });
+  return Record(
+      "shard", mine, {x}, {},
+      [&group, bounds = Copy(bounds)](GradContext& context) {
+        context.Give(0, Gathered(context.TakeGrad(), bounds, group));
+      },
+      options);
 }
 
 Tensor AllToAll(const Tensor& x, std::span<const int64_t> send_rows,
                 std::span<const int64_t> receive_rows, Communicator& group) {
   if (group.size() == 1) return x;
+  RecordOptions options;
+  options.placement = PlacedApart("all_to_all", x, group);
   return Record(
       "all_to_all", Exchanged(x, send_rows, receive_rows, group), {x}, {},
       [&group, send = Copy(send_rows), receive = Copy(receive_rows)](GradContext& context) {
         context.Give(0, Exchanged(context.TakeGrad(), receive, send, group));
-      });
+      },
+      options);
 }
 
 Tensor Shift(const Tensor& x, int by, Communicator& group) {
   if (group.size() == 1) return x;
-  return Record("shift", Shifted(x, by, group), {x}, {}, [&group, by](GradContext& context) {
-    context.Give(0, Shifted(context.TakeGrad(), -by, group));
-  });
+  RecordOptions options;
+  options.placement = PlacedApart("shift", x, group);
+  return Record(
+      "shift", Shifted(x, by, group), {x}, {},
+      [&group, by](GradContext& context) {
+        context.Give(0, Shifted(context.TakeGrad(), -by, group));
+      },
+      options);
 }
 
 }  // namespace shoal::collectives

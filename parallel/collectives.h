@@ -1,18 +1,18 @@
 // Differentiable collectives. Each names what its input and output are on the ranks of the group,
 // and so what its gradient is; the gradient of A is A's transpose:
 //
-//   op           input -> output                 gradient
-//   Enter        replicated -> replicated        partial -> replicated: all-reduce
-//   AllReduce    partial -> replicated           replicated -> replicated: identity
-//   AllGather    sharded rows -> replicated      partial -> sharded: reduce-scatter
-//   ReduceScatter partial -> sharded rows        sharded -> replicated: all-gather
-//   Shard        replicated -> sharded rows      sharded -> replicated: all-gather
-//   AllToAll     rows to rows                    all-to-all back
-//   Shift        rows of rank r -> rank r + by   shift by -by
+//   op             input -> output           gradient
+//   Enter          invariant -> replicated   partial -> invariant: all-reduce
+//   AllReduce      partial -> invariant      invariant -> replicated: identity
+//   AllGather      sharded(0) -> replicated  partial -> sharded(0): reduce-scatter
+//   ReduceScatter  partial -> sharded(0)     sharded(0) -> replicated: all-gather
+//   Shard          invariant -> sharded(0)   sharded(0) -> invariant: all-gather
+//   AllToAll       rows to rows              all-to-all back
+//   Shift          rank r's to rank r + by   shift by -by
 //
-// replicated: the same on all ranks. partial: what is meant is the sum over the ranks. sharded:
-// each rank has some of the rows (the elements of dimension 0), in rank order. Partial sums are
-// exchanged in at least f32. A group of one returns its input.
+// The placements (core/placement.h) are those on the group's axis; an input that has another one is
+// an Error. Rows are the elements of dimension 0, in rank order. Partial sums are exchanged in at
+// least f32. A group of one returns its input.
 #pragma once
 
 #include <span>
@@ -31,8 +31,9 @@ Tensor AllReduce(const Tensor& x, Communicator& group, DType dtype);
 
 // Rows [bounds[r], bounds[r + 1]) are rank r's. x: this rank's -> all.
 Tensor AllGather(const Tensor& x, std::span<const int64_t> bounds, Communicator& group);
-// x: all rows, summed -> this rank's.
-Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communicator& group);
+// x: all rows, summed -> this rank's, rounded to `dtype`; x is at least as wide.
+Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communicator& group,
+                     DType dtype);
 // x: all rows -> this rank's; moves nothing.
 Tensor Shard(const Tensor& x, std::span<const int64_t> bounds, Communicator& group);
 

@@ -12,12 +12,14 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "core/base/kernel_profile.h"
 #include "core/base/view.h"
+#include "core/placement.h"
 
 namespace shoal {
 
@@ -35,6 +37,10 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
   virtual std::string host() const = 0;  // of this rank
+  // The mesh axis that the group lies along, if it is one: differentiable collectives place their
+  // results on it.
+  std::optional<MeshAxis> axis() const { return axis_; }
+  void set_axis(MeshAxis axis) { axis_ = axis; }
 
   // In place over several contiguous arrays of one float dtype, as if they were one. The arrays'
   // sizes agree between the ranks.
@@ -103,6 +109,7 @@ class Communicator {
   bool Count(int64_t bytes, Traffic traffic, const View& like);
   int64_t wire_bytes_[2] = {};
   KernelProfile* profile_ = nullptr;
+  std::optional<MeshAxis> axis_;
 };
 
 // What a rank's call throws when another rank has failed; the other's own error is the one to

@@ -16,11 +16,6 @@ Place PlaceOf(const MeshShape& s, int rank) {
 
 }  // namespace
 
-const char* Name(MeshAxis axis) {
-  static constexpr const char* kNames[] = {"dp", "tp", "pp", "cp", "ep"};
-  return kNames[static_cast<int>(axis)];
-}
-
 Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(shape) {
   SHOAL_CHECK(shape.ranks() == world.size(), "mesh", "a mesh of {} ranks on {}", shape.ranks(),
               world.size());
@@ -35,6 +30,7 @@ Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(
   };
   const auto set = [&](MeshAxis axis, auto&& same) {
     axes_[static_cast<size_t>(axis)] = group(same);
+    axes_[static_cast<size_t>(axis)]->set_axis(axis);
   };
   set(MeshAxis::kDp,
       [&](const Place& p) { return p.pp == me.pp && p.cp == me.cp && p.tp == me.tp; });

@@ -8,13 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "core/placement.h"
 #include "parallel/communicator.h"
 
 namespace shoal {
-
-enum class MeshAxis { kDp, kTp, kPp, kCp, kEp };
-constexpr int kMeshAxes = 5;
-const char* Name(MeshAxis axis);
 
 struct MeshShape {
   int dp = 1, tp = 1, pp = 1, cp = 1, ep = 1;

@@ -20,54 +20,77 @@ std::vector<Range> Deal(int64_t n, int ranks, int64_t step = 1) {
   return ranges;
 }
 
-// The point where a replicated value enters split work. Linears that read one value share one, so
-// that its gradient is summed once.
-class Entrance {
+// What lies between the parts that are split: values that are whole on all ranks, or each rank's
+// share of the tokens' rows.
+class Region {
  public:
-  explicit Entrance(Communicator& group) : group_(group) {}
+  Region(Communicator& group, bool by_tokens) : group_(group), by_tokens_(by_tokens) {}
+  Communicator& group() const { return group_; }
+  bool by_tokens() const { return by_tokens_; }
+  // A forward over `tokens` rows begins.
+  void Begin(int64_t tokens) { bounds_ = ShardBounds(tokens, group_.size()); }
+  const std::vector<int64_t>& bounds() const { return bounds_; }
 
-  Tensor operator()(const Tensor& x) {
-    const std::shared_ptr<Node>& node = x.node();
-    if (node == nullptr) return x;
-    std::shared_ptr<Node> entered = entered_.lock();
-    if (node_.lock() == node && entered != nullptr) {
-      Tensor again = x.Detached();
-      again.set_node(std::move(entered));
-      return again;
+  // Into split work. Consecutive uses of one value share what comes of it, so that it is gathered
+  // once, and its gradient summed once.
+  Tensor Enter(const Tensor& x) {
+    if (!last_.defined() || !x.is(last_)) {
+      entered_ =
+          by_tokens_ ? collectives::AllGather(x, bounds_, group_) : collectives::Enter(x, group_);
+      last_ = x;
     }
-    const Tensor out = collectives::Enter(x, group_);
-    node_ = node;
-    entered_ = out.node();
-    return out;
+    return entered_;
+  }
+  // After the last use: backward frees what it has used.
+  Tensor EnterOnce(const Tensor& x) {
+    Tensor entered = Enter(x);
+    last_ = entered_ = Tensor();
+    return entered;
+  }
+  // parts [.., D] of a sum -> the sum [.., D], or this rank's rows of it [M, D].
+  Tensor Leave(const Tensor& parts, DType dtype) const {
+    if (!by_tokens_) return collectives::AllReduce(parts, group_, dtype);
+    const Tensor rows = ops::Reshape(parts, {-1, parts.dim(-1)});
+    return collectives::ReduceScatter(rows, bounds_, group_, dtype);
+  }
+  // One number or id per token [..] -> this rank's [M].
+  Tensor Mine(const Tensor& per_token) const {
+    const auto r = static_cast<size_t>(group_.rank());
+    Tensor mine = per_token.Reshaped({-1}).Narrowed(0, bounds_[r], bounds_[r + 1] - bounds_[r]);
+    Placement placement = per_token.placement();
+    if (group_.axis()) placement.Set(*group_.axis(), AxisPlacement::Sharded(0));
+    mine.set_placement(placement);
+    return mine;
   }
 
  private:
   Communicator& group_;
-  // The last value and what became of it; of the graph, so they end with it.
-  std::weak_ptr<Node> node_, entered_;
+  bool by_tokens_;
+  std::vector<int64_t> bounds_;
+  Tensor last_, entered_;
 };
 
 class ColumnLinear : public UnaryModule {
  public:
-  ColumnLinear(const Linear& whole, std::shared_ptr<Entrance> entrance)
-      : entrance_(std::move(entrance)), weight_(AddParameter("weight", whole.weight())) {
+  ColumnLinear(const Linear& whole, std::shared_ptr<Region> region)
+      : region_(std::move(region)), weight_(AddParameter("weight", whole.weight())) {
     if (whole.bias()) bias_ = AddParameter("bias", whole.bias());
   }
 
  protected:
   Tensor Forward(const Tensor& x) override {
-    return ops::Linear((*entrance_)(x), weight_->Use(), bias_ ? bias_->Use() : Tensor());
+    return ops::Linear(region_->Enter(x), weight_->Use(), bias_ ? bias_->Use() : Tensor());
   }
 
  private:
-  std::shared_ptr<Entrance> entrance_;
+  std::shared_ptr<Region> region_;
   std::shared_ptr<Parameter> weight_, bias_;
 };
 
 class RowLinear : public UnaryModule {
  public:
-  RowLinear(const Linear& whole, Communicator& group)
-      : group_(group), weight_(AddParameter("weight", whole.weight())) {
+  RowLinear(const Linear& whole, std::shared_ptr<Region> region)
+      : region_(std::move(region)), weight_(AddParameter("weight", whole.weight())) {
     if (whole.bias()) bias_ = AddParameter("bias", whole.bias());
   }
 
@@ -75,20 +98,19 @@ class RowLinear : public UnaryModule {
   Tensor Forward(const Tensor& x) override {
     // The sum has the bias once: the others' is empty.
     const bool first = bias_ != nullptr && bias_->shape().numel() > 0;
-    const Tensor part =
-        ops::Linear(x, weight_->Use(), first ? bias_->Use() : Tensor(), group_.size() > 1);
-    return collectives::AllReduce(part, group_, x.dtype());
+    const Tensor part = ops::Linear(x, weight_->Use(), first ? bias_->Use() : Tensor(), true);
+    return region_->Leave(part, x.dtype());
   }
 
  private:
-  Communicator& group_;
+  std::shared_ptr<Region> region_;
   std::shared_ptr<Parameter> weight_, bias_;
 };
 
 class ShardedEmbedding : public Embedding {
  public:
-  ShardedEmbedding(const Embedding& whole, Communicator& group)
-      : Embedding(whole.weight()), group_(group) {}
+  ShardedEmbedding(const Embedding& whole, std::shared_ptr<Region> region)
+      : Embedding(whole.weight()), region_(std::move(region)) {}
 
   Tensor Forward(const Tensor& ids) override {
     const Parameter& p = *weight();
@@ -105,16 +127,48 @@ class ShardedEmbedding : public Embedding {
       }
     }
     const Tensor rows = ops::Embedding(p.Use(), here);
-    return collectives::AllReduce(rows, group_, rows.dtype());
+    region_->Begin(ids.numel());
+    return region_->Leave(rows, rows.dtype());
   }
 
  private:
-  Communicator& group_;
+  std::shared_ptr<Region> region_;
+};
+
+// A whole table, looked up for this rank's tokens.
+class RowsEmbedding : public Embedding {
+ public:
+  RowsEmbedding(const Embedding& whole, std::shared_ptr<Region> region)
+      : Embedding(whole.weight()), region_(std::move(region)) {}
+
+  Tensor Forward(const Tensor& ids) override {
+    region_->Begin(ids.numel());
+    return Embedding::Forward(region_->Mine(ids));
+  }
+
+ private:
+  std::shared_ptr<Region> region_;
+};
+
+class RowsDropout : public Dropout {
+ public:
+  RowsDropout(const Dropout& whole, std::shared_ptr<Region> region)
+      : Dropout(whole.p(), whole.site()), region_(std::move(region)) {}
+
+  Tensor Forward(const Tensor& x, const SequenceInfo& info) override {
+    SequenceInfo mine = info;
+    mine.token_numbers = region_->Mine(info.token_numbers);
+    return Dropout::Forward(x, mine);
+  }
+
+ private:
+  std::shared_ptr<Region> region_;
 };
 
 class ShardedLmLoss : public LmLoss {
  public:
-  explicit ShardedLmLoss(Communicator& group) : group_(group), entrance_(group) {}
+  explicit ShardedLmLoss(std::shared_ptr<Region> region)
+      : group_(region->group()), region_(std::move(region)) {}
 
   Tensor Forward(const Tensor& x, const Parameter& weight, const Tensor& labels,
                  double normalizer) override {
@@ -122,7 +176,7 @@ class ShardedLmLoss : public LmLoss {
     share.first = weight.offset()[0];
     share.size = weight.global_shape()[0];
     share.merge = [this](double* rows, int64_t n) { Merge(rows, n); };
-    return ops::LinearCrossEntropy(entrance_(x), weight.Use(), labels, normalizer, &share);
+    return ops::LinearCrossEntropy(region_->EnterOnce(x), weight.Use(), labels, normalizer, &share);
   }
 
  private:
@@ -148,7 +202,7 @@ class ShardedLmLoss : public LmLoss {
   }
 
   Communicator& group_;
-  Entrance entrance_;
+  std::shared_ptr<Region> region_;
 };
 
 // x [B, T, K, H] -> [B, T, N, H]: for each of N query heads its kv head.
@@ -194,6 +248,14 @@ class MappedAttention : public InnerAttention {
  private:
   std::vector<int64_t> kv_of_query_;
 };
+
+void SumGradient(Parameter& p, Communicator& group) {
+  p.set_gradient_sum([&group](const Tensor& gradient) {
+    if (Mutated(Mutation::kNormWeightNotSummed)) return;
+    const View view = gradient.view();
+    group.AllReduce(std::span(&view, 1));
+  });
+}
 
 // Of a head h that several ranks hold, the first of them counts; all sum its gradient.
 void ShareOverlap(Parameter& p, const std::vector<Range>& ranges, Communicator& group) {
@@ -259,12 +321,17 @@ std::string DescribeCut(Module& root, const AxisCut& cut, int ranks) {
   return text;
 }
 
-void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group) {
+void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group,
+                         bool sequence_parallel) {
   if (group.size() == 1) return;
+  const auto region = std::make_shared<Region>(group, sequence_parallel);
   const auto r = static_cast<size_t>(group.rank());
   const auto range_of = [&](const std::string& axis) {
     const auto found = cut.ranges.find(axis);
     return found == cut.ranges.end() ? nullptr : &found->second;
+  };
+  const auto place = [&](Parameter& p, AxisPlacement placement) {
+    if (group.axis()) p.Place(*group.axis(), placement);
   };
   for (const auto& p : root.Parameters()) {
     bool whole = true;
@@ -272,38 +339,50 @@ void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group) 
       const std::vector<Range>* ranges = range_of(p->axes()[static_cast<size_t>(d)]);
       if (ranges == nullptr) continue;
       whole = false;
+      place(*p, AxisPlacement::Sharded(d));
       p->TakeSlice(d, (*ranges)[r].begin, (*ranges)[r].size());
       if (d == 0) ShareOverlap(*p, *ranges, group);
     }
-    // All hold it, with the same gradient; it counts once.
-    if (whole && r != 0) p->set_owned(0, 0);
+    if (!whole) continue;
+    // All hold it, and it counts once. Its gradient is that of all tokens, or of this rank's.
+    if (r != 0) p->set_owned(0, 0);
+    if (!sequence_parallel) continue;
+    place(*p, {AxisPlacement::kReplicated});
+    SumGradient(*p, group);
   }
   struct Change {
     std::string path;
     std::shared_ptr<Module> module;
   };
   std::vector<Change> changes;
-  std::map<std::string, std::shared_ptr<Entrance>> entrances;  // by the path of the parent
   root.Walk([&](const std::string& path, Module& module) {
-    const size_t dot = path.rfind('.');
-    const std::string parent = dot == std::string::npos ? "" : path.substr(0, dot);
+    const auto replace = [&](std::shared_ptr<Module> by) {
+      changes.push_back({path, std::move(by)});
+    };
     if (const auto* linear = dynamic_cast<const Linear*>(&module)) {
       const auto& axes = linear->weight()->axes();
       if (range_of(axes[0]) != nullptr) {
-        auto& entrance = entrances[parent];
-        if (entrance == nullptr) entrance = std::make_shared<Entrance>(group);
-        changes.push_back({path, std::make_shared<ColumnLinear>(*linear, entrance)});
+        replace(std::make_shared<ColumnLinear>(*linear, region));
       } else if (range_of(axes[1]) != nullptr) {
-        // The bias is added once.
-        if (linear->bias() && r != 0 && !Mutated(Mutation::kBiasOnEveryRank))
-          linear->bias()->TakeSlice(0, 0, 0);
-        changes.push_back({path, std::make_shared<RowLinear>(*linear, group)});
+        if (linear->bias()) {
+          // It is added once: the whole is the first rank's, and nothing is the others'.
+          Parameter& bias = *linear->bias();
+          place(bias, {AxisPlacement::kPartial});
+          bias.set_gradient_sum(nullptr);
+          if (r != 0 && !Mutated(Mutation::kBiasOnEveryRank)) bias.TakeSlice(0, 0, 0);
+        }
+        replace(std::make_shared<RowLinear>(*linear, region));
       }
     } else if (const auto* embedding = dynamic_cast<const Embedding*>(&module)) {
-      if (range_of(embedding->weight()->axes()[0]) != nullptr)
-        changes.push_back({path, std::make_shared<ShardedEmbedding>(*embedding, group)});
+      if (range_of(embedding->weight()->axes()[0]) != nullptr) {
+        replace(std::make_shared<ShardedEmbedding>(*embedding, region));
+      } else if (sequence_parallel) {
+        replace(std::make_shared<RowsEmbedding>(*embedding, region));
+      }
+    } else if (const auto* dropout = dynamic_cast<const Dropout*>(&module)) {
+      if (sequence_parallel) replace(std::make_shared<RowsDropout>(*dropout, region));
     } else if (dynamic_cast<const LmLoss*>(&module) != nullptr) {
-      changes.push_back({path, std::make_shared<ShardedLmLoss>(group)});
+      replace(std::make_shared<ShardedLmLoss>(region));
     } else if (dynamic_cast<const InnerAttention*>(&module) != nullptr) {
       const int64_t per_kv = cut.heads / cut.kv_heads;
       const Range q = Deal(cut.heads, group.size())[r];
@@ -314,7 +393,7 @@ void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group) 
       bool even = q.size() % kv == 0;
       for (int64_t i = 0; even && i < q.size(); ++i)
         even = kv_of_query[static_cast<size_t>(i)] == i / (q.size() / kv);
-      if (!even) changes.push_back({path, std::make_shared<MappedAttention>(kv_of_query)});
+      if (!even) replace(std::make_shared<MappedAttention>(kv_of_query));
     }
   });
   for (Change& change : changes) root.Replace(change.path, std::move(change.module));

@@ -11,6 +11,11 @@
 //                                 gradient of the hidden states are summed
 //   InnerAttention                works on the query heads that are here
 //
+// Between those parts values are whole on all ranks. With sequence parallelism (Korthikanti et al.,
+// arXiv 2205.05198) each rank has the rows of some tokens there instead: sums are reduce-scattered
+// and inputs all-gathered, the same bytes on the wire; norms, dropouts and residuals work on 1/tp
+// of the tokens, and the gradients of their parameters are summed over the ranks.
+//
 // Any degree works that gives each rank a query head. Where it does not divide a size, shares
 // differ. A kv head that several ranks need is held by each, and its gradient summed over them.
 #pragma once
@@ -45,6 +50,7 @@ std::string DescribeCut(Module& root, const AxisCut& cut, int ranks);
 
 // Cuts the parameters under `root`, which have no memory yet, and replaces modules. `group` must
 // outlive the model.
-void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group);
+void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group,
+                         bool sequence_parallel = false);
 
 }  // namespace shoal

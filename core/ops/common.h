@@ -1,6 +1,10 @@
 // Shared by the ops' sources.
 #pragma once
 
+#include <array>
+
+#include "core/autograd.h"
+#include "core/placement_rules.h"
 #include "core/tensor.h"
 
 namespace shoal::ops {

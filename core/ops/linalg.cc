@@ -4,6 +4,37 @@
 #include "kernels/reduce.h"
 
 namespace shoal::ops {
+namespace {
+
+// Columns of the product where the weight's rows are split; parts of a sum where its columns are.
+Placement LinearPlacement(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const std::array operands = {x, weight, bias};
+  return PlacePerAxis(operands, [&](MeshAxis axis) -> AxisPlacement {
+    const auto on = [&](const Tensor& t) { return t.placement()[axis]; };
+    const auto last = AxisPlacement::Sharded(x.rank() - 1);
+    if (on(weight) == AxisPlacement::Sharded(0)) {
+      const AxisPlacement in = UniformPlacement("linear", axis, std::array{x, weight});
+      if (on(x).kind == AxisPlacement::kSharded)
+        FailPlacement("linear", axis, x, 0, "meets a weight of which each rank has some rows");
+      if (bias.defined() && on(bias) != AxisPlacement::Sharded(0))
+        FailPlacement("linear", axis, bias, 2, "is not split as the weight's rows are");
+      return in.kind == AxisPlacement::kVarying ? in : last;
+    }
+    if (on(weight) == AxisPlacement::Sharded(1)) {
+      if (on(x) != last && on(x).kind != AxisPlacement::kVarying)
+        FailPlacement("linear", axis, x, 0, "is not split as the weight's columns are");
+      if (bias.defined() && on(bias).kind != AxisPlacement::kPartial)
+        FailPlacement("linear", axis, bias, 2,
+                      "is added on every rank to parts of a sum, which would count it on each");
+      return {AxisPlacement::kPartial};
+    }
+    if (on(x) == last)
+      FailPlacement("linear", axis, x, 0, "has a part of each row, and the weight is whole");
+    return UniformPlacement("linear", axis, operands);
+  });
+}
+
+}  // namespace
 
 Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool wide) {
   SHOAL_CHECK(weight.rank() == 2 && x.dim(-1) == weight.dim(1), "linear",
@@ -13,22 +44,26 @@ Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool wi
   Tensor out = Tensor::Empty(shape, wide ? AccumulatorDType(x.dtype()) : x.dtype());
   kernels::Matmul(CurrentStream(), Rows(out).view(), Rows(x).view(), weight.view().Transposed(),
                   bias.view(), 0);
-  return Record("linear", out, {x, weight, bias}, {x, weight}, [](GradContext& context) {
-    const Tensor x = Rows(context.Saved(0)), weight = context.Saved(1), dy = Rows(context.grad());
-    if (context.Needs(0)) {
-      const auto [dx, accumulate] = context.Sink(0);
-      kernels::Matmul(CurrentStream(), Rows(dx).view(), dy.view(), weight.view(), {}, accumulate);
-    }
-    if (context.Needs(1)) {
-      const auto [dweight, accumulate] = context.Sink(1);
-      kernels::Matmul(CurrentStream(), dweight.view(), dy.view().Transposed(), x.view(), {},
-                      accumulate);
-    }
-    if (context.Needs(2)) {
-      const auto [dbias, accumulate] = context.Sink(2);
-      kernels::SumRows(CurrentStream(), dbias.view(), dy.view(), accumulate);
-    }
-  });
+  return Record("linear", out, {x, weight, bias}, {x, weight},
+                [](GradContext& context) {
+                  const Tensor x = Rows(context.Saved(0)), weight = context.Saved(1),
+                               dy = Rows(context.grad());
+                  if (context.Needs(0)) {
+                    const auto [dx, accumulate] = context.Sink(0);
+                    kernels::Matmul(CurrentStream(), Rows(dx).view(), dy.view(), weight.view(), {},
+                                    accumulate);
+                  }
+                  if (context.Needs(1)) {
+                    const auto [dweight, accumulate] = context.Sink(1);
+                    kernels::Matmul(CurrentStream(), dweight.view(), dy.view().Transposed(),
+                                    x.view(), {}, accumulate);
+                  }
+                  if (context.Needs(2)) {
+                    const auto [dbias, accumulate] = context.Sink(2);
+                    kernels::SumRows(CurrentStream(), dbias.view(), dy.view(), accumulate);
+                  }
+                },
+                {.placement = LinearPlacement(x, weight, bias)});
 }
 
 Tensor Matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {

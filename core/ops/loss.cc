@@ -5,6 +5,28 @@
 #include "kernels/reduce.h"
 
 namespace shoal::ops {
+namespace {
+
+// The statistics of a split vocabulary are merged inside. Losses of some of the tokens are a part
+// of the sum.
+Placement LossPlacement(const Tensor& x, const Tensor& weight, bool merged) {
+  const std::array operands = {x, weight};
+  return PlacePerAxis(operands, [&](MeshAxis axis) -> AxisPlacement {
+    const AxisPlacement p = UniformPlacement("linear_cross_entropy", axis, operands);
+    if (weight.placement()[axis] == AxisPlacement::Sharded(0)) {
+      if (!merged || x.placement()[axis].kind == AxisPlacement::kSharded)
+        FailPlacement("linear_cross_entropy", axis, weight, 1,
+                      "has some of the vocabulary's rows, and the softmax is over all");
+      return {AxisPlacement::kInvariant};
+    }
+    if (x.placement()[axis] == AxisPlacement::Sharded(x.rank() - 1))
+      FailPlacement("linear_cross_entropy", axis, x, 0, "has a part of each row");
+    const bool own = p.kind == AxisPlacement::kSharded || p.kind == AxisPlacement::kVarying;
+    return own ? AxisPlacement{AxisPlacement::kPartial} : p;
+  });
+}
+
+}  // namespace
 
 // The gradients are computed with the loss, while a chunk's logits are at hand, for an upstream
 // gradient of 1; backward scales them if it turns out to be another.
@@ -37,6 +59,7 @@ Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& l
     kernels::Sum(CurrentStream(), loss.view(), losses.view());
   }
   kernels::Scale(CurrentStream(), loss.view(), loss.view(), 1 / normalizer);
+  const Placement placement = LossPlacement(x, weight, share != nullptr);
   if (!dx.defined()) return loss;
   // Not among the tensors that saved-tensor hooks see: these are gradients, not activations.
   return Record("linear_cross_entropy", loss, {x, weight}, {},
@@ -51,7 +74,8 @@ Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& l
                     context.Give(i, std::move(gradient));
                     gradient = Tensor();
                   }
-                });
+                },
+                {.placement = placement});
 }
 
 }  // namespace shoal::ops

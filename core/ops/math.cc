@@ -10,10 +10,12 @@ Tensor Add(const Tensor& a, const Tensor& b) {
   CheckAlike("add", a, b);
   Tensor out = Tensor::Empty(a.shape(), a.dtype());
   kernels::Add(CurrentStream(), out.view(), a.view(), b.view(), 1, 1);
-  return Record("add", out, {a, b}, {}, [](GradContext& context) {
-    context.Give(0, context.grad());
-    context.Give(1, context.TakeGrad());
-  });
+  return Record("add", out, {a, b}, {},
+                [](GradContext& context) {
+                  context.Give(0, context.grad());
+                  context.Give(1, context.TakeGrad());
+                },
+                {.linear = true});
 }
 
 Tensor Multiply(const Tensor& a, const Tensor& b) {
@@ -34,11 +36,13 @@ Tensor Multiply(const Tensor& a, const Tensor& b) {
 Tensor Scale(const Tensor& x, double alpha) {
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Scale(CurrentStream(), out.view(), x.view(), alpha);
-  return Record("scale", out, {x}, {}, [alpha](GradContext& context) {
-    Tensor gradient = Overwritable(context.TakeGrad());
-    kernels::Scale(CurrentStream(), gradient.view(), gradient.view(), alpha);
-    context.Give(0, std::move(gradient));
-  });
+  return Record("scale", out, {x}, {},
+                [alpha](GradContext& context) {
+                  Tensor gradient = Overwritable(context.TakeGrad());
+                  kernels::Scale(CurrentStream(), gradient.view(), gradient.view(), alpha);
+                  context.Give(0, std::move(gradient));
+                },
+                {.linear = true});
 }
 
 Tensor Gelu(const Tensor& x) {
@@ -81,37 +85,52 @@ Tensor SwiGlu(const Tensor& gate, const Tensor& up) {
 
 Tensor Cast(const Tensor& x, DType dtype) {
   if (x.dtype() == dtype) return x;
-  return Record("cast", x.To(dtype), {x}, {}, [from = x.dtype()](GradContext& context) {
-    context.Give(0, context.grad().To(from));
-  });
+  return Record(
+      "cast", x.To(dtype), {x}, {},
+      [from = x.dtype()](GradContext& context) { context.Give(0, context.grad().To(from)); },
+      {.linear = true});
 }
 
 Tensor Reshape(const Tensor& x, const Dims& shape) {
-  return Record("reshape", x.Reshaped(shape), {x}, {}, [from = x.shape()](GradContext& context) {
-    const Tensor gradient = context.TakeGrad();
-    context.Give(0, (gradient.contiguous() ? gradient : gradient.Clone()).Reshaped(from));
-  });
+  const Tensor out = x.Reshaped(shape);
+  const Placement placement = ReshapedPlacement("reshape", x, out.shape());
+  return Record("reshape", out, {x}, {},
+                [from = x.shape()](GradContext& context) {
+                  const Tensor gradient = context.TakeGrad();
+                  context.Give(
+                      0, (gradient.contiguous() ? gradient : gradient.Clone()).Reshaped(from));
+                },
+                {.placement = placement});
 }
 
 Tensor Narrow(const Tensor& x, int dim, int64_t begin, int64_t count) {
-  return Record("narrow", x.Narrowed(dim, begin, count), {x}, {}, [=](GradContext& context) {
-    const auto [gradient, accumulate] = context.Sink(0);
-    if (!accumulate) gradient.Fill(0);
-    const View part = gradient.Narrowed(dim, begin, count).view();
-    // Add works on contiguous arrays: the part is copied out and back.
-    const Tensor sum = gradient.Narrowed(dim, begin, count).Clone();
-    const Tensor dy = context.grad().contiguous() ? context.grad() : context.grad().Clone();
-    kernels::Add(CurrentStream(), sum.view(), sum.view(), dy.view(), 1, 1);
-    kernels::Copy(CurrentStream(), part, sum.view());
-  });
+  return Record("narrow", x.Narrowed(dim, begin, count), {x}, {},
+                [=](GradContext& context) {
+                  const auto [gradient, accumulate] = context.Sink(0);
+                  if (!accumulate) gradient.Fill(0);
+                  const View part = gradient.Narrowed(dim, begin, count).view();
+                  // Add works on contiguous arrays: the part is copied out and back.
+                  const Tensor sum = gradient.Narrowed(dim, begin, count).Clone();
+                  const Tensor dy =
+                      context.grad().contiguous() ? context.grad() : context.grad().Clone();
+                  kernels::Add(CurrentStream(), sum.view(), sum.view(), dy.view(), 1, 1);
+                  kernels::Copy(CurrentStream(), part, sum.view());
+                },
+                {.linear = true});
 }
 
 Tensor Sum(const Tensor& x) {
   Tensor out = Tensor::Empty({1}, DType::kF64);
   kernels::Sum(CurrentStream(), out.view(), x.view());
-  return Record("sum", out, {x}, {}, [shape = x.shape(), dtype = x.dtype()](GradContext& context) {
-    context.Give(0, Tensor::Full(shape, dtype, context.grad().Item()));
+  const Placement placement = PlacePerAxis(std::span(&x, 1), [&](MeshAxis axis) -> AxisPlacement {
+    const AxisPlacement p = x.placement()[axis];
+    return p.kind == AxisPlacement::kSharded ? AxisPlacement{AxisPlacement::kPartial} : p;
   });
+  return Record("sum", out, {x}, {},
+                [shape = x.shape(), dtype = x.dtype()](GradContext& context) {
+                  context.Give(0, Tensor::Full(shape, dtype, context.grad().Item()));
+                },
+                {.placement = placement});
 }
 
 }  // namespace shoal::ops

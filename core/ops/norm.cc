@@ -17,6 +17,7 @@ GradContext::Target SinkOrScrap(GradContext& context, int i, const Tensor& like)
 }  // namespace
 
 Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
+  CheckWholeRows("rms_norm", x);
   const Tensor rows = Rows(x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   Tensor rstd = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
@@ -32,6 +33,7 @@ Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  CheckWholeRows("layer_norm", x);
   const Tensor rows = Rows(x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   Tensor mean = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
@@ -58,6 +60,7 @@ Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, doub
 }
 
 Tensor Softmax(const Tensor& x) {
+  CheckWholeRows("softmax", x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Softmax(CurrentStream(), Rows(out).view(), Rows(x).view());
   return Record("softmax", out, {x}, {out}, [](GradContext& context) {
@@ -70,6 +73,7 @@ Tensor Softmax(const Tensor& x) {
 }
 
 Tensor Rope(const Tensor& x, const Tensor& positions, double theta) {
+  CheckWholeRows("rope", x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Rope(CurrentStream(), out.view(), x.view(), positions.view(), theta, false);
   return Record("rope", out, {x}, {positions}, [theta](GradContext& context) {

@@ -42,6 +42,11 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       rule_(MakeUpdateRule(options.rule)),
       parameters_(model.Parameters()),
       modules_(units.size()) {
+  for (const auto& p : parameters_) {
+    if (!p->requires_grad()) continue;
+    for (const MeshAxis axis : {MeshAxis::kDp, MeshAxis::kCp})
+      if (mesh.axis(axis).size() > 1) p->Place(axis, {AxisPlacement::kReplicated});
+  }
   const bool three = options_.stage == 3;
   // Backward reaches the last unit first; what belongs to no unit stands where the model has it.
   std::vector<std::pair<int, std::vector<std::shared_ptr<Parameter>>>> groups;  // unit or -1

@@ -52,6 +52,7 @@ TEST(Mutations, AreCaught) {
       {Mutation::kPartialTakenForWhole, {.tp = 2}, 2, 1},
       {Mutation::kBiasOnEveryRank, {.model = "gpt2", .tp = 2}, 2, 1},
       {Mutation::kSharedHeadNotSummed, {.model = "llama-gqa-tied", .tp = 4}, 4, 1},
+      {Mutation::kNormWeightNotSummed, {.tp = 2, .sequence_parallel = true}, 2, 1},
   };
   for (MutationCase m : cases) {
     m.recipe.steps = 3;

@@ -26,6 +26,7 @@ struct Recipe {
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
   double dropout = 0;
   int tp = 1, zero_stage = 0;
+  bool sequence_parallel = false;
 };
 
 // Everything that must agree.
@@ -95,6 +96,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.seed = 5;
   options.mesh = {.dp = 0, .tp = recipe.tp};
   options.zero_stage = recipe.zero_stage;
+  options.sequence_parallel = recipe.sequence_parallel;
   return options;
 }
 

@@ -82,6 +82,30 @@ INSTANTIATE_TEST_SUITE_P(WithZero, ParityTensor,
                                             ::testing::Values(2, 3), ::testing::Values(2, 3),
                                             ::testing::Values(0, 1, 2, 3)));
 
+// Norms and residuals on shares of the tokens that nothing divides: 36 x 5 over 2 to 6 ranks, and
+// one token in all.
+class ParitySequence : public ::testing::TestWithParam<std::tuple<std::string, int, int, int>> {};
+
+TEST_P(ParitySequence, Fp64) {
+  const auto [model, tp, dp, stage] = GetParam();
+  for (const int64_t length : {5, 1}) {
+    const Recipe recipe = {
+        .model = model, .length = length, .tp = tp, .zero_stage = stage, .sequence_parallel = true};
+    const Outcome one = OneRank(recipe);
+    for (const int64_t micro_batches : {1, 18}) {
+      if (kSequences / dp % micro_batches != 0) continue;
+      RunThreadRanks(tp * dp, 1, [&, micro_batches = micro_batches](Communicator& c) {
+        Compare(recipe, one, Train(recipe, c, micro_batches, InOrder()), 1e-10, 1e-10);
+      });
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ParitySequence,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(2, 3, 5), ::testing::Values(1, 2),
+                                            ::testing::Values(0, 2, 3)));
+
 TEST(Parity, Fp32) {
   for (const char* optimizer : {"adamw", "sgd"}) {
     Recipe recipe = {

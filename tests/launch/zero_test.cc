@@ -174,11 +174,15 @@ TEST(Zero, FrozenParameters) {
       ZeroOptimizer optimizer(*model, blocks, mesh, options,
                               [](const Parameter& p) { InitParameter(p, 3); });
       const Batch batch = MakeBatch(0, {c.rank() * 2, c.rank() * 2 + 1}, recipe, 65);
+      const Tensor tokens = Tensor::From(batch.tokens, {2, 5});
+      Placement of_replica;
+      of_replica.Set(MeshAxis::kDp, AxisPlacement::Sharded(0));
+      tokens.set_placement(of_replica);
       SequenceInfo info;
       info.positions = Tensor::From(batch.positions, {2, 5});
       info.token_numbers = Tensor::From(batch.token_numbers, {10});
       for (int s = 0; s < 3; ++s) {
-        const Tensor hidden = model->Hidden(Tensor::From(batch.tokens, {2, 5}), info);
+        const Tensor hidden = model->Hidden(tokens, info);
         Backward(model->Loss(hidden, Tensor::From(batch.labels, {2, 5}), 30));
         optimizer.FinishMicroBatch(true);
         optimizer.Step(1e-2, 1);
