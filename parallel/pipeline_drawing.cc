@@ -53,6 +53,48 @@ void ForEachPass(const PipelineSimulation& s, size_t rank, const F& f) {
 
 constexpr int kColumns = 1000;  // of text at most
 
+constexpr double kLeft = 60, kTop = 48, kRow = 26, kBar = 22;
+constexpr const char* kForwardColor = "#8fb8e8";
+constexpr const char* kInputColor = "#f2a65a";
+constexpr const char* kWeightColor = "#8fce9b";
+
+std::string Bar(double x, double y, double width, double height, const char* color,
+                double opacity) {
+  return fmt::format(
+      "<rect x=\"{:.2f}\" y=\"{:.0f}\" width=\"{:.2f}\" height=\"{:.0f}\" fill=\"{}\" "
+      "fill-opacity=\"{:.2f}\"/>",
+      x, y, width, height, color, opacity);
+}
+
+// A pass in the row at y: two bars for a whole backward pass.
+std::string Pass(const PipelineSimulation& s, int rank, const PipelineAction& action,
+                 const PipelineSimulation::Span& span, double y, double scale) {
+  // A gap of a pixel tells passes of one kind apart.
+  const double x = kLeft + span.start * scale;
+  const double width = std::max(0.0, (span.end - span.start) * scale - 1);
+  const double opacity = 1 - 0.6 * action.chunk / s.schedule.chunks;
+  std::string svg = fmt::format("<g><title>rank {}, {}: {:g} to {:g}</title>", rank,
+                                ActionText(action, s.schedule.chunks), span.start, span.end);
+  if (action.op == PipelineOp::kBackward) {
+    const auto stage = static_cast<size_t>(s.schedule.Stage(rank, action.chunk));
+    const double half = std::min(width, s.costs.backward_input[stage] * scale);
+    svg += Bar(x, y, half, kBar, kInputColor, opacity) +
+           Bar(x + half, y, width - half, kBar, kWeightColor, opacity);
+  } else {
+    svg += Bar(x, y, width, kBar,
+               action.op == PipelineOp::kForward         ? kForwardColor
+               : action.op == PipelineOp::kBackwardInput ? kInputColor
+                                                         : kWeightColor,
+               opacity);
+  }
+  const std::string label = std::to_string(action.micro_batch);
+  if (width > 7 * static_cast<double>(label.size()))
+    svg += fmt::format(
+        "<text x=\"{:.2f}\" y=\"{:.0f}\" text-anchor=\"middle\" fill=\"#222\">{}</text>",
+        x + width / 2, y + 15, label);
+  return svg + "</g>\n";
+}
+
 }  // namespace
 
 std::string DrawPipeline(const PipelineSimulation& s) {
@@ -78,77 +120,38 @@ std::string DrawPipeline(const PipelineSimulation& s) {
     for (const std::string& cell : cells) text += fmt::format(" {:>{}}", cell, width);
     text += fmt::format(" | holds {}\n", s.facts.peak_activations[r]);
   }
-  text += "3 forward, B3 backward, I3 and W3 its input and weight halves, -- goes on, . idle";
-  if (s.schedule.chunks > 1) text += "; a, b, ... the rank's stages";
+  text +=
+      "3 forward, B3 backward, I3 and W3 its input and weight halves, -- goes on, . idle;\n"
+      "holds: most activations at a time, of one stage and micro-batch";
+  if (s.schedule.chunks > 1) text += "; a, b, ...: the rank's stages";
   return text + '\n';
 }
 
 std::string DrawPipelineSvg(const PipelineSimulation& s) {
-  constexpr double kLeft = 60, kTop = 48, kRow = 26, kBar = 22, kWidth = 1200;
-  constexpr const char* kForwardColor = "#8fb8e8";
-  constexpr const char* kInputColor = "#f2a65a";
-  constexpr const char* kWeightColor = "#8fce9b";
-  // Room for a label in the shortest passes there usually are; many micro-batches get a wide
-  // picture.
-  const double scale =
-      s.makespan > 0
-          ? std::max(kWidth, 8.0 * s.schedule.chunks * s.schedule.micro_batches) / s.makespan
-          : 0;
-  const double width = kLeft + s.makespan * scale + 10;
-  const double height = kTop + kRow * static_cast<double>(s.spans.size()) + 10;
+  // Many micro-batches get a wide picture.
+  const double wanted = std::max(1200.0, 24.0 * s.schedule.chunks * s.schedule.micro_batches);
+  const double scale = s.makespan > 0 ? wanted / s.makespan : 0;
   std::string svg = fmt::format(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0:.0f} {1:.0f}\" role=\"img\" "
       "font-family=\"sans-serif\" font-size=\"11\" fill=\"currentColor\">\n<title>{2}</title>\n"
       "<text x=\"4\" y=\"16\">{2}</text>\n",
-      width, height, EscapeXml(Head(s)));
-
-  double legend = kLeft;
+      kLeft + wanted + 10, kTop + kRow * static_cast<double>(s.spans.size()) + 10,
+      EscapeXml(Head(s)));
+  double x = kLeft;
   for (const auto& [color, name] :
        {std::pair{kForwardColor, "forward"}, std::pair{kInputColor, "backward: input"},
         std::pair{kWeightColor, "backward: weights"}}) {
-    svg += fmt::format(
-        "<rect x=\"{:.0f}\" y=\"26\" width=\"12\" height=\"12\" fill=\"{}\"/>"
-        "<text x=\"{:.0f}\" y=\"36\">{}</text>\n",
-        legend, color, legend + 16, name);
-    legend += 130;
+    svg += Bar(x, 26, 12, 12, color, 1);
+    svg += fmt::format("<text x=\"{:.0f}\" y=\"36\">{}</text>\n", x + 16, name);
+    x += 130;
   }
-
+  if (s.schedule.chunks > 1)
+    svg += fmt::format("<text x=\"{:.0f}\" y=\"36\">paler: the rank's later stages</text>\n", x);
   for (size_t r = 0; r < s.spans.size(); ++r) {
     const double y = kTop + kRow * static_cast<double>(r);
     svg += fmt::format("<text x=\"4\" y=\"{:.0f}\">rank {}</text>\n", y + 15, r);
     ForEachPass(s, r, [&](const PipelineAction& action, const PipelineSimulation::Span& span) {
-      const auto bar = [&](double start, double end, const char* color) {
-        // Later stages of a rank are paler.
-        svg += fmt::format(
-            "<rect x=\"{:.2f}\" y=\"{:.0f}\" width=\"{:.2f}\" height=\"{:.0f}\" fill=\"{}\" "
-            "fill-opacity=\"{:.2f}\"/>",
-            kLeft + start * scale, y, (end - start) * scale, kBar, color,
-            1 - 0.6 * action.chunk / s.schedule.chunks);
-      };
-      const int stage = s.schedule.Stage(static_cast<int>(r), action.chunk);
-      const double half = span.start + s.costs.backward_input[static_cast<size_t>(stage)];
-      svg += fmt::format("<g><title>rank {}, {}: {:g} to {:g}</title>", r,
-                         ActionText(action, s.schedule.chunks), span.start, span.end);
-      if (action.op == PipelineOp::kBackward) {
-        bar(span.start, half, kInputColor);
-        bar(half, span.end, kWeightColor);
-      } else {
-        bar(span.start, span.end,
-            action.op == PipelineOp::kForward         ? kForwardColor
-            : action.op == PipelineOp::kBackwardInput ? kInputColor
-                                                      : kWeightColor);
-      }
-      const std::string label = std::to_string(action.micro_batch);
-      const double room = (span.end - span.start) * scale;
-      svg += fmt::format(
-          "<rect x=\"{:.2f}\" y=\"{:.0f}\" width=\"{:.2f}\" height=\"{:.0f}\" fill=\"none\" "
-          "stroke=\"#fff\"/>",
-          kLeft + span.start * scale, y, room, kBar);
-      if (room > 7 * static_cast<double>(label.size()))
-        svg += fmt::format(
-            "<text x=\"{:.2f}\" y=\"{:.0f}\" text-anchor=\"middle\" fill=\"#222\">{}</text>",
-            kLeft + (span.start + span.end) / 2 * scale, y + 15, label);
-      svg += "</g>\n";
+      svg += Pass(s, static_cast<int>(r), action, span, y, scale);
     });
   }
   return svg + "</svg>\n";

@@ -133,7 +133,7 @@ struct PipelineFacts {
 // once and in order, every message is sent once and received once, before the pass that needs it,
 // and the ranks come to an end. Sends never wait, receives do. Messages of one kind from one rank
 // to another must be received in the order in which they are sent. In errors, a rank's actions are
-// counted from 1.
+// counted from 1, inserted messages too.
 PipelineFacts CheckPipelineSchedule(const PipelineSchedule& schedule);
 
 }  // namespace shoal
