@@ -43,7 +43,7 @@ std::string EscapeXml(const std::string& text) {
   return out;
 }
 
-// Calls f(rank, action, span) for every pass.
+// Calls f(action, span) for a rank's passes.
 template <typename F>
 void ForEachPass(const PipelineSimulation& s, size_t rank, const F& f) {
   for (size_t i = 0; i < s.spans[rank].size(); ++i)
@@ -97,7 +97,7 @@ std::string Pass(const PipelineSimulation& s, int rank, const PipelineAction& ac
 
 }  // namespace
 
-std::string DrawPipeline(const PipelineSimulation& s) {
+std::string DrawPipelineTimeline(const PipelineSimulation& s) {
   double quantum = std::numeric_limits<double>::infinity();
   size_t width = 0;
   for (size_t r = 0; r < s.spans.size(); ++r)
@@ -127,7 +127,7 @@ std::string DrawPipeline(const PipelineSimulation& s) {
   return text + '\n';
 }
 
-std::string DrawPipelineSvg(const PipelineSimulation& s) {
+std::string DrawPipelineTimelineSvg(const PipelineSimulation& s) {
   // Many micro-batches get a wide picture.
   const double wanted = std::max(1200.0, 24.0 * s.schedule.chunks * s.schedule.micro_batches);
   const double scale = s.makespan > 0 ? wanted / s.makespan : 0;

@@ -72,25 +72,27 @@ struct PipelineSchedule {
 // and links that take no time:
 //   gpipe        all forward passes, then all backward passes. Bubble (p-1)(tF+tB+tW), that is
 //                (p-1)/m; m micro-batches in flight. (Huang et al., arXiv 1811.06965)
-//   1f1b         rank i begins with p-i forward passes, then one backward pass for each forward.
-//                The same bubble; min(p-i, m) in flight. (Narayanan et al., arXiv 2006.09503)
-//   interleaved  1f1b with v stages on each rank. (Narayanan et al., arXiv 2104.04473)
-//   Micro-batches
-//                go through a rank's stages in groups: as many groups as there are whole p in m (at
-//                least one), equal but for the first ones, which have one micro-batch more; so the
-//                groups have p where p divides m. Bubble (p-1)/(v m) for all m >= p; (v-1)(p-m)
-//                further passes of one stage, forward and back, if m < p. With groups of g at most,
-//                rank i has at most min(m v, (v-1) g + 2(p-1-i) + 1) stages' activations in flight.
-//                v = 1 is 1f1b.
+//   1f1b         rank i begins with p-i forward passes, then backward and forward passes take
+//                turns. The same bubble; min(p-i, m) in flight. (Narayanan et al., arXiv
+//                2006.09503)
+//   interleaved  1f1b with v stages on each rank. (Narayanan et al., arXiv 2104.04473) A rank does
+//                a group of micro-batches on one stage before it goes to the next. There are as
+//                many groups as p fits into m whole, at least one; they are equal, but the first
+//                ones may have one micro-batch more; so they have p if p divides m. Bubble
+//                (p-1)(tF+tB+tW), that is (p-1)/(v m), for all m >= p; for fewer
+//                (p-1 + (v-1)(p-m))(tF+tB+tW). If g is the largest group, rank i has at most
+//                min(m v, (v-1) g + 2(p-1-i) + 1) stages' activations in flight. v = 1 is 1f1b.
 //   zb_h1        1f1b with split backward passes: rank i does the weight half of micro-batch j-i
-//                after the input half of j. Bubble (p-1) max(tF+tB-tW, tF, tB) for m >= p; at most
-//                min(p, m) in flight on every rank. (Qi et al., arXiv 2401.10241)
+//                after the input half of j. Bubble (p-1) max(tF+tB-tW, tF, tB) for m >= p; for
+//                fewer (p-1)(tF+tB) - (m-1) tW, if tW is not more than tF or tB. At most min(p, m)
+//                in flight, on every rank. (Qi et al., arXiv 2401.10241)
 //   zb_v         split backward passes, two stages on each rank in V placement: ZB-V of the same
 //                paper. Forward passes and input halves have a fixed order; a weight half is done
 //                when the rank would idle or hold more than 2p stages' activations (1f1b's memory),
 //                by a clock on which tF = tB = tW = 1. At these times the bubble is (p-1) tF for
 //                all m >= p, the least there is: so long does the last rank wait for its first
-//                input. Once m >= 2p-1, a rank that has begun works without a gap.
+//                input. Once m >= 2p-1, a rank that has begun works without a gap. At other times
+//                it was never found longer than zb_h1 while tW <= tF + tB; beyond that it may be.
 // A kind that cannot have `chunks` stages per rank is an Error.
 PipelineSchedule MakePipelineSchedule(std::string_view kind, int ranks, int chunks,
                                       int micro_batches);
@@ -99,9 +101,9 @@ PipelineSchedule MakePipelineSchedule(std::string_view kind, int ranks, int chun
 // sent, receives right before the one that needs it.
 void InsertMessages(PipelineSchedule& schedule);
 
-// Calls `visit(rank, i)` for actions[rank][i], rank by rank in order, but for receives that wait
-// until their message has been sent. Returns how many actions each rank came to do: not all if
-// ranks wait for each other. The schedule's messages must be known to Message.
+// Calls `visit(rank, i)` for every actions[rank][i]: a rank's in their order, and receives after
+// their message has been sent. Returns how many actions each rank came to do: not all if ranks wait
+// for each other. Every message of the schedule must have a Peer.
 std::vector<size_t> WalkPipeline(const PipelineSchedule& schedule,
                                  const std::function<void(int, size_t)>& visit);
 
@@ -114,7 +116,7 @@ std::string ActionText(const PipelineAction& action, int chunks);
 // before the ranks "placement = v" if they are not in a loop.
 std::string WritePipelineSchedule(const PipelineSchedule& schedule, bool messages);
 // Reads such a text; `source` names it in errors. If it has no sends and receives, they are
-// inserted; otherwise it must have all of them (CheckPipelineSchedule).
+// inserted; otherwise it must have all of them. What CheckPipelineSchedule asks for is not checked.
 PipelineSchedule ParsePipelineSchedule(std::string_view text, const std::string& source, int ranks,
                                        int chunks, int micro_batches);
 

@@ -40,8 +40,8 @@ PipelineSimulation SimulatePipeline(const PipelineSchedule& schedule, const Pipe
 
 // A line for each rank, a column for the time of the shortest pass (no less than a thousandth of
 // the step; shorter passes may then be left out).
-std::string DrawPipeline(const PipelineSimulation& simulation);
+std::string DrawPipelineTimeline(const PipelineSimulation& simulation);
 // The same as a picture, whole in itself.
-std::string DrawPipelineSvg(const PipelineSimulation& simulation);
+std::string DrawPipelineTimelineSvg(const PipelineSimulation& simulation);
 
 }  // namespace shoal

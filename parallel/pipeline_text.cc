@@ -80,19 +80,20 @@ class Parser {
   }
 
  private:
+  using Placement = PipelineSchedule::Placement;
+
   void Setting(std::string_view content) {
     const std::string_view key = Trim(Next(content, '=')), value = Trim(content);
     if (key != "placement" || (value != "loop" && value != "v"))
       Fail("\"{} = {}\" is no setting; there are \"placement = loop\" and \"placement = v\"", key,
            value);
     if (!schedule_.actions.empty()) Fail("\"placement\" must come before the ranks");
-    if (value == "loop") return;
-    if (schedule_.chunks != 2)
+    schedule_.placement = value == "v" ? Placement::kV : Placement::kLoop;
+    if (value == "v" && schedule_.chunks != 2)
       Fail(
           "\"placement = v\" needs two stages per rank, but pipeline.virtual_stages is {}: set "
           "that to 2",
           schedule_.chunks);
-    schedule_.placement = PipelineSchedule::Placement::kV;
   }
 
   void Rank(std::string_view content) {
