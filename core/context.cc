@@ -9,7 +9,11 @@ namespace {
 thread_local ExecutionContext* current = nullptr;
 }  // namespace
 
-ExecutionContext::ExecutionContext(Device device) : allocator_(Allocator::Create(device)) {
+ExecutionContext::ExecutionContext(Device device)
+    : ExecutionContext(device, Allocator::Create(device)) {}
+
+ExecutionContext::ExecutionContext(Device device, std::shared_ptr<Allocator> allocator)
+    : allocator_(std::move(allocator)) {
   stream_.device = device;
   stream_.scratch = allocator_.get();
   if (device.type == DeviceType::kCuda) {

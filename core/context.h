@@ -13,6 +13,7 @@ namespace shoal {
 class ExecutionContext {
  public:
   explicit ExecutionContext(Device device);
+  ExecutionContext(Device device, std::shared_ptr<Allocator> allocator);
   ~ExecutionContext();
   ExecutionContext(const ExecutionContext&) = delete;
   ExecutionContext& operator=(const ExecutionContext&) = delete;

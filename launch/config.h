@@ -68,12 +68,16 @@ struct OptimConfig {
 struct MeshConfig {
   std::optional<int64_t> dp;  // left out: fills the world
   int64_t tp = 1, pp = 1, cp = 1, ep = 1;
+  bool sequence_parallel = false;
   bool operator==(const MeshConfig&) const = default;
 };
 
 struct ZeroConfig {
   int64_t stage = 0;
+  std::optional<int64_t> shard_ranks;  // left out: all that share parameters
+  int64_t bucket = int64_t{32} << 20;  // bytes
   std::string offload = "none";
+  std::optional<std::string> offload_dir;  // left out: run.dir
   bool operator==(const ZeroConfig&) const = default;
 };
 

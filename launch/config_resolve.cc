@@ -178,6 +178,18 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
     SHOAL_FAIL(ErrorKind::kConfig, "mesh",
                "mesh.ep {} does not divide the {} replicas: set it to {}", mesh.ep, plan.dp,
                DivisorsNear(plan.dp, mesh.ep));
+  if (config.zero.shard_ranks) {
+    const int64_t shard = *config.zero.shard_ranks, data = plan.dp * mesh.cp;
+    if (data % shard != 0)
+      SHOAL_FAIL(ErrorKind::kConfig, "zero",
+                 "zero.shard_ranks {} does not divide the {} ranks that share parameters: set it "
+                 "to {}, or leave it out",
+                 shard, data, DivisorsNear(data, shard));
+    if (config.zero.stage == 0)
+      SHOAL_FAIL(ErrorKind::kConfig, "zero",
+                 "zero.shard_ranks {} shares nothing at zero.stage 0: set zero.stage to 1, 2 or 3",
+                 shard);
+  }
   const int64_t sequences = config.batch.sequences;
   if (sequences < plan.dp)
     SHOAL_FAIL(ErrorKind::kConfig, "batch",
@@ -217,7 +229,6 @@ void CheckSupported(const Config& config) {
   later(config.mesh.pp > 1, fmt::format("mesh.pp = {}", config.mesh.pp));
   later(config.mesh.cp > 1, fmt::format("mesh.cp = {}", config.mesh.cp));
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
-  later(config.zero.offload != "none", fmt::format("zero.offload = \"{}\"", config.zero.offload));
   later(config.memory.recompute != "none",
         fmt::format("memory.recompute = \"{}\"", config.memory.recompute));
   later(config.memory.offload_activations, "memory.offload_activations = true");

@@ -134,10 +134,16 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(mesh, pp, "pipeline stages").In(1, kDegree),
       KEY(mesh, cp, "sequence-parallel ranks").In(1, kDegree),
       KEY(mesh, ep, "expert-parallel ranks").In(1, kDegree),
+      KEY(mesh, sequence_parallel, "tensor-parallel ranks share the tokens of norms and residuals"),
 
       KEY(zero, stage, "ranks share 1: optimizer states, 2: and gradients, 3: and parameters")
           .In(0, 3),
+      KEY(zero, shard_ranks, "ranks that share one copy of the states; the copies are replicas")
+          .In(1, kDegree)
+          .LeftOut("all data-parallel ranks"),
+      KEY(zero, bucket, "gradients that are exchanged at once, below stage 3").Bytes(),
       KEY(zero, offload, "where optimizer states live").OneOf({"none", "host", "file"}),
+      KEY(zero, offload_dir, "folder of the file").LeftOut("run.dir"),
 
       KEY(pipeline, schedule, "order of the passes, or a file that holds one")
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})

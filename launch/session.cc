@@ -63,7 +63,13 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
                   .pp = static_cast<int>(config.mesh.pp),
                   .cp = static_cast<int>(config.mesh.cp),
                   .ep = static_cast<int>(config.mesh.ep)};
+  options.sequence_parallel = config.mesh.sequence_parallel;
   options.zero_stage = static_cast<int>(config.zero.stage);
+  options.shard_ranks = static_cast<int>(config.zero.shard_ranks.value_or(0));
+  options.bucket_bytes = config.zero.bucket;
+  // A CPU rank's states are in the host's memory as they are.
+  if (config.zero.offload == "file")
+    options.offload_dir = config.zero.offload_dir.value_or(config.run.dir);
   Cut(options.model, options.mesh.tp);  // refuses what cannot be cut
   return options;
 }

@@ -33,6 +33,9 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   for (const auto& block : model_->blocks()) blocks.push_back(block.get());
   ZeroOptions zero;
   zero.stage = options.zero_stage;
+  zero.shard_ranks = options.shard_ranks;
+  zero.bucket_bytes = options.bucket_bytes;
+  zero.offload_dir = options.offload_dir;
   zero.compute = options.compute;
   zero.gradients = options.gradients;
   zero.rule = options.rule;
@@ -101,7 +104,7 @@ double TrainingStep::SumLoss(const Batch& batch) {
 
 StateDict TrainingStep::State(bool once) {
   StateDict state;
-  if (once && options_.zero_stage == 0 && mesh_.data().rank() != 0) return state;
+  if (once && optimizer_->replica() != 0) return state;
   for (const ZeroOptimizer::Piece& piece : optimizer_->Pieces(once)) {
     const Parameter& p = *piece.parameter;
     StateEntry entry = {

@@ -23,6 +23,9 @@ struct TrainingOptions {
   MeshShape mesh = {.dp = 0};      // dp 0: fills the ranks there are
   bool sequence_parallel = false;  // norms and residuals by tokens over tp
   int zero_stage = 0;
+  int shard_ranks = 0;  // see ZeroOptions
+  int64_t bucket_bytes = ZeroOptions().bucket_bytes;
+  std::string offload_dir;
 };
 
 // How `tp` ranks share a model; Error(kConfig) if they cannot.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "launch/session.h"
@@ -81,7 +82,10 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
   RunThreadRanks(ranks, 0, [&](Communicator& world) {
     Config mine = config;
     const OpenedData data = OpenData(&mine);
-    const TrainingOptions options = MakeTrainingOptions(mine, plan);
+    TrainingOptions options = MakeTrainingOptions(mine, plan);
+    // No run is made, so there is no run.dir.
+    if (!options.offload_dir.empty() && !mine.zero.offload_dir)
+      options.offload_dir = std::filesystem::temp_directory_path();
     TrainingStep many(options, world);
     LoadWeights(mine, many);
     many.optimizer().TakeValues();
@@ -94,7 +98,9 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     if (world.rank() == 0) {
       TrainingOptions alone = options;
       alone.mesh = {};
-      alone.zero_stage = 0;
+      alone.zero_stage = alone.shard_ranks = 0;
+      alone.offload_dir.clear();
+      alone.sequence_parallel = false;
       one.emplace(alone, *self);
       LoadWeights(one_config, *one);
       one->optimizer().TakeValues();

@@ -1,16 +1,11 @@
 #include "parallel/comm_queue.h"
 
-#include <numeric>
-
 #include "core/base/error.h"
 #include "core/context.h"
 
 namespace shoal {
 
-CommQueue::CommQueue(Communicator& communicator) {
-  std::vector<int> all(static_cast<size_t>(communicator.size()));
-  std::iota(all.begin(), all.end(), 0);
-  communicator_ = communicator.Subgroup(all);
+CommQueue::CommQueue(const Communicator& communicator) {
   const bool meta = ExecutionContext::Current().device().type == DeviceType::kMeta;
   if (communicator.size() == 1 || meta || !communicator.concurrent()) return;
   thread_ = std::thread([this, rank = ThreadRank()] {
@@ -29,10 +24,10 @@ CommQueue::~CommQueue() {
   thread_.join();
 }
 
-CommQueue::Ticket CommQueue::Post(std::function<void(Communicator&)> work) {
+CommQueue::Ticket CommQueue::Post(std::function<void()> work) {
   ++posted_;
   if (!thread_.joinable()) {
-    work(*communicator_);
+    work();
     return posted_;
   }
   {
@@ -56,12 +51,12 @@ void CommQueue::Serve() {
   for (;;) {
     changed_.wait(lock, [&] { return stop_ || !work_.empty(); });
     if (work_.empty()) return;
-    const std::function<void(Communicator&)> work = std::move(work_.front());
+    const std::function<void()> work = std::move(work_.front());
     work_.pop_front();
     lock.unlock();
     std::exception_ptr error;
     try {
-      work(*communicator_);
+      work();
     } catch (...) {
       error = std::current_exception();
     }

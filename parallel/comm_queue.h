@@ -1,12 +1,11 @@
 // Collectives behind computation: a thread of this rank runs them in the order in which they were
-// posted. The communicator must be the queue's own; ranks post the same work in the same order.
+// posted. Ranks post the same work in the same order.
 #pragma once
 
 #include <condition_variable>
 #include <deque>
 #include <exception>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -16,37 +15,32 @@ namespace shoal {
 
 class CommQueue {
  public:
-  // Over all ranks of `communicator`. Collective.
-  explicit CommQueue(Communicator& communicator);
+  // For work over groups of `communicator`'s ranks that are used by nothing else meanwhile.
+  explicit CommQueue(const Communicator& communicator);
   ~CommQueue();  // waits for what was posted
   CommQueue(const CommQueue&) = delete;
   CommQueue& operator=(const CommQueue&) = delete;
 
   using Ticket = uint64_t;
-  // `work` may use only the communicator that it is given, and what it touches is its own until
-  // Wait. Runs at once where there is nothing to gain (one rank, meta) or no second thread allowed.
-  Ticket Post(std::function<void(Communicator&)> work);
+  // What `work` touches is its own until Wait. Runs at once where there is nothing to gain (one
+  // rank, meta) or no second thread allowed.
+  Ticket Post(std::function<void()> work);
   // Until that work, and so all that was posted before it, is done. Throws what it threw; after an
   // error the rest of the queue is dropped.
   void Wait(Ticket ticket);
   void WaitAll() { Wait(posted_); }
 
-  int rank() const { return communicator_->rank(); }
-  int size() const { return communicator_->size(); }
-  // Of finished work; exact after WaitAll.
-  int64_t wire_bytes() const { return communicator_->wire_bytes(Traffic::kData); }
   // Time that Wait spends goes to `profile` (may be null) from now on.
   void set_profile(KernelProfile* profile) { profile_ = profile; }
 
  private:
   void Serve();
 
-  std::unique_ptr<Communicator> communicator_;
   KernelProfile* profile_ = nullptr;
   Ticket posted_ = 0;  // by the owner alone
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::function<void(Communicator&)>> work_;
+  std::deque<std::function<void()>> work_;
   Ticket done_ = 0;
   bool stop_ = false;
   std::exception_ptr error_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <unordered_map>
 
 #include "core/base/mutation.h"
@@ -25,6 +26,23 @@ double Total(const Tensor& squares) {
   return sum;
 }
 
+// Of `data`'s ranks: those whose number gives the same key as this one's.
+template <class F>
+std::unique_ptr<Communicator> Group(Communicator& data, F&& key) {
+  std::vector<int> members;
+  for (int r = 0; r < data.size(); ++r)
+    if (key(r) == key(data.rank())) members.push_back(r);
+  return data.Subgroup(members);
+}
+
+int ShardRanks(const ZeroOptions& options, const Communicator& data) {
+  if (options.stage == 0) return 1;
+  const int ranks = options.shard_ranks == 0 ? data.size() : options.shard_ranks;
+  SHOAL_CHECK(ranks >= 1 && data.size() % ranks == 0, "zero", "{} ranks in groups of {}",
+              data.size(), ranks);
+  return ranks;
+}
+
 std::vector<View> Values(const std::vector<Parameter*>& parameters) {
   std::vector<View> views;
   for (const Parameter* p : parameters) views.push_back(p->value().view());
@@ -38,10 +56,14 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
                              const std::function<void(const Parameter&)>& initialise)
     : options_(options),
       mesh_(mesh),
+      shard_(Group(mesh.data(), [n = ShardRanks(options, mesh.data())](int r) { return r / n; })),
+      replicas_(
+          Group(mesh.data(), [n = ShardRanks(options, mesh.data())](int r) { return r % n; })),
       queue_(mesh.data()),
       rule_(MakeUpdateRule(options.rule)),
       parameters_(model.Parameters()),
       modules_(units.size()) {
+  if (!options_.offload_dir.empty()) file_ = std::make_unique<StateFile>(options_.offload_dir);
   for (const auto& p : parameters_) {
     if (!p->requires_grad()) continue;
     for (const MeshAxis axis : {MeshAxis::kDp, MeshAxis::kCp})
@@ -134,9 +156,8 @@ std::vector<size_t> ZeroOptimizer::CutBuckets(
 }
 
 void ZeroOptimizer::CutShare(Bucket& bucket) const {
-  const int rank = queue_.rank(), size = queue_.size();
-  const int64_t begin = sharded() ? ShardBegin(bucket.elements, rank, size) : 0;
-  const int64_t end = sharded() ? ShardBegin(bucket.elements, rank + 1, size) : bucket.elements;
+  const int64_t begin = ShardBegin(bucket.elements, shard_->rank(), shard_->size());
+  const int64_t end = ShardBegin(bucket.elements, shard_->rank() + 1, shard_->size());
   bucket.share = end - begin;
   int64_t at = 0;
   for (size_t i = 0; i < bucket.parameters.size(); ++i) {
@@ -148,6 +169,8 @@ void ZeroOptimizer::CutShare(Bucket& bucket) const {
 }
 
 void ZeroOptimizer::MakeStates(Bucket& bucket) const {
+  std::optional<ContextScope> in_file;
+  if (file_ != nullptr) in_file.emplace(file_->context());
   const DType wide = AccumulatorDType(options_.compute);
   if (options_.compute != wide) {
     bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
@@ -156,6 +179,14 @@ void ZeroOptimizer::MakeStates(Bucket& bucket) const {
   }
   for (size_t i = 0; i < rule_->states().size(); ++i)
     bucket.states.push_back(Tensor::Full({bucket.share}, wide, 0, MemoryClass::kOptimizer));
+  if (file_ != nullptr) file_->Retire(States(bucket));
+}
+
+std::vector<View> ZeroOptimizer::States(const Bucket& bucket) {
+  std::vector<View> all;
+  if (bucket.master.defined()) all.push_back(bucket.master.view());
+  for (const Tensor& state : bucket.states) all.push_back(state.view());
+  return all;
 }
 
 View ZeroOptimizer::Value(const Bucket& bucket, const Slice& s) const {
@@ -197,7 +228,7 @@ void ZeroOptimizer::ReduceReady() {
 }
 
 void ZeroOptimizer::Reduce(Bucket& bucket) {
-  std::vector<View> pieces;
+  std::vector<View> pieces, share;
   for (Parameter* p : bucket.parameters) {
     Leaf& leaf = p->leaf();
     if (!leaf.grad.defined())
@@ -205,12 +236,13 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
     if (p->gradient_sum() && !Mutated(Mutation::kSharedHeadNotSummed)) p->gradient_sum()(leaf.grad);
     pieces.push_back(leaf.grad.view());
   }
-  bucket.ticket = queue_.Post([pieces = std::move(pieces), all = !sharded()](Communicator& c) {
-    if (all) {
-      c.AllReduce(pieces);
-    } else {
-      c.ReduceScatter(pieces);
-    }
+  // What is added up over micro-batches is summed over the replicas at the end.
+  if (options_.stage < 2) {
+    for (const Slice& s : bucket.slices) share.push_back(Gradient(bucket, s));
+  }
+  bucket.ticket = queue_.Post([this, pieces = std::move(pieces), share = std::move(share)] {
+    shard_->ReduceScatter(pieces);
+    replicas_->AllReduce(share);
   });
   in_flight_.push_back(&bucket);
   // Stages 2 and 3 free gradients as they go: a constant number of buckets is on its way.
@@ -247,8 +279,18 @@ void ZeroOptimizer::FinishMicroBatch(bool last) {
     for (; !in_flight_.empty(); in_flight_.pop_front()) Retire(*in_flight_.front());
     next_ = 0;
     for (Bucket& bucket : buckets_) bucket.waiting = Awaited(bucket);
+    if (last && options_.stage >= 2) SumOverReplicas();
   }
   for (Unit& unit : units_) Release(unit);
+}
+
+void ZeroOptimizer::SumOverReplicas() {
+  for (const Bucket& bucket : buckets_) {
+    if (!bucket.trainable) continue;
+    queue_.Post(
+        [this, share = bucket.gradient.view()] { replicas_->AllReduce(std::span(&share, 1)); });
+  }
+  queue_.WaitAll();
 }
 
 // A slice, or the part of it that counts from here; empty slices are left out.
@@ -279,7 +321,7 @@ double ZeroOptimizer::GradNorm() {
   }
   const View view = squares.view();
   if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
-  if (sharded()) mesh_.data().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   return std::sqrt(Total(squares));
 }
@@ -287,8 +329,10 @@ double ZeroOptimizer::GradNorm() {
 void ZeroOptimizer::Step(double lr, double gradient_scale) {
   ++step_;
   std::vector<View> states;
-  for (Bucket& bucket : buckets_) {
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    Bucket& bucket = buckets_[b];
     if (!bucket.trainable) continue;
+    if (file_ != nullptr && b + 1 < buckets_.size()) file_->Prefetch(States(buckets_[b + 1]));
     for (const Slice& s : bucket.slices) {
       states.clear();
       for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
@@ -297,17 +341,18 @@ void ZeroOptimizer::Step(double lr, double gradient_scale) {
                                        bucket.parameters[s.parameter]->decays()};
       rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
     }
+    if (file_ != nullptr) file_->Retire(States(bucket));
     bucket.gradient = Tensor();
     for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
     if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
   }
+  if (file_ != nullptr) file_->Settle();
   queue_.WaitAll();
 }
 
 // From the ranks' shares to whole parameters on all of them.
 CommQueue::Ticket ZeroOptimizer::Gather(const Bucket& bucket) {
-  return queue_.Post(
-      [values = Values(bucket.parameters)](Communicator& c) { c.AllGather(values); });
+  return queue_.Post([this, values = Values(bucket.parameters)] { shard_->AllGather(values); });
 }
 
 std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {

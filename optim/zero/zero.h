@@ -8,6 +8,13 @@
 //            ahead, and freed behind it
 // Parameters are cut as flat ranges of buckets, so shares are equal but for one element, and some
 // may be empty. Collectives run behind backward in the order of the buckets.
+//
+// The ranks may form several groups that each hold all of the states (hybrid sharding, after MiCS,
+// Zhang et al., arXiv 2205.00119): cut within a group, replicated across. Then a rank's share of
+// the gradient is also all-reduced over its replicas, once per step; stage 0 is groups of one.
+//
+// Optimizer states may lie in a file (ZeRO-Infinity, Rajbhandari et al., arXiv 2104.07857): see
+// state_file.h.
 #pragma once
 
 #include <deque>
@@ -18,6 +25,7 @@
 
 #include "core/module.h"
 #include "optim/update_rule.h"
+#include "optim/zero/state_file.h"
 #include "parallel/comm_queue.h"
 #include "parallel/mesh.h"
 
@@ -29,6 +37,8 @@ struct ZeroOptions {
   DType gradients = DType::kF32;  // held and exchanged
   UpdateRuleOptions rule;
   int64_t bucket_bytes = int64_t{32} << 20;  // of gradients, below stage 3
+  int shard_ranks = 0;      // that share one copy of the states; 0: all that share parameters
+  std::string offload_dir;  // of the file for the optimizer's states; empty: they are in memory
 };
 
 class ZeroOptimizer {
@@ -72,8 +82,12 @@ class ZeroOptimizer {
   // All parameters whole, until the next forward. For whoever reads them from outside.
   void GatherParameters();
 
+  // Which of the groups with a copy of all states this rank is in.
+  int replica() const { return replicas_->rank(); }
   // Bytes that the data-parallel exchange has sent, without control scalars.
-  int64_t wire_bytes() const { return queue_.wire_bytes(); }
+  int64_t wire_bytes() const {
+    return shard_->wire_bytes(Traffic::kData) + replicas_->wire_bytes(Traffic::kData);
+  }
   void set_profile(KernelProfile* profile) { queue_.set_profile(profile); }
 
  private:
@@ -102,7 +116,6 @@ class ZeroOptimizer {
     CommQueue::Ticket ticket = 0;
   };
 
-  bool sharded() const { return options_.stage >= 1; }
   std::vector<size_t> CutBuckets(const std::vector<std::shared_ptr<Parameter>>& parameters,
                                  bool whole);
   void CutShare(Bucket& bucket) const;
@@ -111,11 +124,13 @@ class ZeroOptimizer {
   void HookGradients(Bucket& bucket);
   void HookUnits(const std::vector<Module*>& modules);
   void MakeStates(Bucket& bucket) const;
+  static std::vector<View> States(const Bucket& bucket);
   View Value(const Bucket& bucket, const Slice& slice) const;
   View Gradient(const Bucket& bucket, const Slice& slice) const;
 
   void ReduceReady();
   void Reduce(Bucket& bucket);
+  void SumOverReplicas();
   void Retire(Bucket& bucket);
   CommQueue::Ticket Gather(const Bucket& bucket);
 
@@ -126,8 +141,10 @@ class ZeroOptimizer {
 
   ZeroOptions options_;
   Mesh& mesh_;
+  std::unique_ptr<Communicator> shard_, replicas_;  // the queue's, while it works
   CommQueue queue_;
   std::unique_ptr<UpdateRule> rule_;
+  std::unique_ptr<StateFile> file_;  // null: states are in memory
   std::vector<std::shared_ptr<Parameter>> parameters_;
   std::deque<Bucket> buckets_;  // in the order in which backward completes them
   size_t next_ = 0;             // the bucket to be reduced next, the same on every rank

@@ -27,18 +27,32 @@ struct Feature {
   std::function<void(Cell&)> apply;
 };
 
+// Three replicas, unless the cell is in groups of two.
+void Replicas(Cell& cell) { cell.dp = cell.recipe.shard_ranks == 0 ? 3 : 4; }
+
 void Zero(Cell& cell, int stage) {
-  cell.dp = 3;
+  Replicas(cell);
   cell.recipe.zero_stage = stage;
 }
 
 const std::vector<Feature>& Features() {
   static const std::vector<Feature> features = {
-      {"dp", [](Cell& c) { c.dp = 3; }},
+      {"dp", Replicas},
       {"tp", [](Cell& c) { c.recipe.tp = 2; }},
+      {"sequence parallel",
+       [](Cell& c) {
+         c.recipe.tp = 2;
+         c.recipe.sequence_parallel = true;
+       }},
       {"zero 1", [](Cell& c) { Zero(c, 1); }},
       {"zero 2", [](Cell& c) { Zero(c, 2); }},
       {"zero 3", [](Cell& c) { Zero(c, 3); }},
+      {"hybrid",
+       [](Cell& c) {
+         c.recipe.shard_ranks = 2;
+         Zero(c, 2);
+       }},
+      {"offload", [](Cell& c) { c.recipe.offload_dir = ::testing::TempDir(); }},
       {"accumulation", [](Cell& c) { c.micro_batches = 3; }},
       {"gpt2", [](Cell& c) { c.recipe.model = "gpt2"; }},
       {"gqa", [](Cell& c) { c.recipe.gqa = true; }},
@@ -91,7 +105,9 @@ TEST(Composition, IsAsDocumented) {
          "compares loss, gradient norm and every parameter with one rank that takes the whole "
          "batch at once. `=` means equal\n"
          "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, zero N is "
-         "its stage on three, and accumulation\nthree micro-batches.\n\n|  |";
+         "its stage on three,\nhybrid two groups of two ranks, offload the optimizer's states in a "
+         "file, and "
+         "accumulation three micro-batches.\n\n|  |";
   for (const Feature& f : Features()) out << ' ' << f.name << " |";
   out << "\n|---|";
   for (size_t i = 0; i < Features().size(); ++i) out << "---|";
@@ -125,7 +141,7 @@ TEST(Composition, IsAsDocumented) {
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
-       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.offload=\"host\"", "memory.recompute=\"full\"",
+       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "memory.recompute=\"full\"",
         "memory.offload_activations=true", "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting

@@ -27,6 +27,8 @@ struct Recipe {
   double dropout = 0;
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
+  int shard_ranks = 0;
+  std::string offload_dir = {};
 };
 
 // Everything that must agree.
@@ -97,6 +99,8 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.mesh = {.dp = 0, .tp = recipe.tp};
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
+  options.shard_ranks = recipe.shard_ranks;
+  options.offload_dir = recipe.offload_dir;
   return options;
 }
 
@@ -139,7 +143,9 @@ inline std::vector<int64_t> InOrder() {
 
 inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {
   recipe.tp = 1;
-  recipe.zero_stage = 0;
+  recipe.zero_stage = recipe.shard_ranks = 0;
+  recipe.sequence_parallel = false;
+  recipe.offload_dir.clear();
   return Train(recipe, *MakeSelfCommunicator(), 1, order);
 }
 

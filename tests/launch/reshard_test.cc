@@ -15,7 +15,9 @@ using namespace testing;  // NOLINT: all of parity.h
 namespace fs = std::filesystem;
 
 struct Layout {
-  int ranks, zero_stage, tp;
+  int ranks, zero_stage, tp, shard_ranks = 0;
+  bool sequence_parallel = false, offload = false;
+  bool operator==(const Layout&) const = default;
 };
 
 constexpr int kBefore = 3, kAfter = 3;
@@ -26,6 +28,9 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
                                           const std::string& load, const std::string& directory) {
   recipe.zero_stage = layout.zero_stage;
   recipe.tp = layout.tp;
+  recipe.shard_ranks = layout.shard_ranks;
+  recipe.sequence_parallel = layout.sequence_parallel;
+  if (layout.offload) recipe.offload_dir = ::testing::TempDir();
   std::vector<std::vector<double>> parameters;
   RunThreadRanks(layout.ranks, 1, [&](Communicator& c) {
     TrainingStep step(Options(recipe), c);
@@ -51,8 +56,17 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
 }
 
 TEST(Reshard, AnyLayoutGoesOnFromAnyOther) {
-  const std::vector<Layout> layouts = {{1, 0, 1}, {2, 0, 1}, {3, 1, 1}, {2, 2, 1}, {4, 3, 1},
-                                       {3, 0, 3}, {4, 1, 2}, {6, 3, 3}, {4, 2, 4}};
+  const std::vector<Layout> layouts = {{1, 0, 1},
+                                       {2, 0, 1},
+                                       {3, 1, 1},
+                                       {2, 2, 1},
+                                       {4, 3, 1},
+                                       {3, 0, 3},
+                                       {4, 1, 2},
+                                       {6, 3, 3},
+                                       {4, 2, 4},
+                                       {4, 2, 1, 2},
+                                       {4, 3, 2, 1, true, true}};
   for (const DType dtype : {DType::kF64, DType::kBF16}) {
     const Recipe recipe = {.model = "llama-gqa-tied", .dtype = dtype};
     const auto whole = Continue(recipe, layouts[0], 0, kBefore + kAfter, "", "");
@@ -65,9 +79,7 @@ TEST(Reshard, AnyLayoutGoesOnFromAnyOther) {
       for (const Layout& b : layouts) {
         const auto got = Continue(recipe, b, kBefore, kBefore + kAfter, save, "");
         ASSERT_EQ(got.size(), whole.size());
-        const bool same = b.ranks == layouts[a].ranks && b.tp == layouts[a].tp &&
-                          b.zero_stage == layouts[a].zero_stage;
-        if (same) {
+        if (b == layouts[a]) {
           EXPECT_EQ(got, Continue(recipe, b, 0, kBefore + kAfter, "", ""));
         }
         if (dtype == DType::kBF16) continue;

@@ -70,6 +70,38 @@ TEST_P(ZeroBytes, WireIsTheFormula) {
   }
 }
 
+// Hybrid: within each of N / S groups as above, and each rank's share once more over its replicas.
+TEST(HybridBytes, WireIsTheFormula) {
+  for (const int64_t g : {1, 3}) {
+    for (int stage = 1; stage <= 2; ++stage) {
+      const int64_t n = 6, s = 3, groups = n / s;
+      const Recipe recipe = {.dtype = DType::kBF16, .zero_stage = stage, .shard_ranks = s};
+      const int64_t psi = Psi(recipe), reduced = stage == 1 ? 1 : g;
+      EXPECT_EQ(Measure(recipe, n, g).wire,
+                groups * psi * (s - 1) * (4 * reduced + 2) + 2 * psi * (groups - 1) * 4)
+          << "stage " << stage << ", " << g;
+      EXPECT_EQ(Measure(recipe, n, g).states, psi * 2 * n + psi * 12 * groups);
+    }
+  }
+}
+
+// In a file, optimizer states take none of the ranks' memory.
+TEST(OffloadBytes, StatesAreInTheFile) {
+  const Recipe recipe = {
+      .dtype = DType::kBF16, .zero_stage = 2, .offload_dir = ::testing::TempDir()};
+  EXPECT_EQ(Measure(recipe, 2, 1).states, Psi(recipe) * 2 * 2);
+}
+
+TEST(OffloadBytes, AFolderThatIsNotThereIsAnError) {
+  try {
+    Measure({.offload_dir = "/nowhere"}, 1, 1);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kStorage);
+    EXPECT_NE(std::string(e.what()).find("/nowhere"), std::string::npos) << e.what();
+  }
+}
+
 // Between steps gradients are gone; parameters and optimizer states are there.
 TEST_P(ZeroBytes, StatesAreTheFormula) {
   const auto [ranks, dtype] = GetParam();
@@ -105,6 +137,29 @@ TEST(TensorBytes, WireIsTheFormula) {
       const ModelConfig c = Model(recipe);
       const int64_t bsh = kSequences * recipe.length * c.d_model;
       EXPECT_EQ(sent, (8 * c.layers + 4) * bsh * (tp - 1) * 4);
+    }
+  }
+}
+
+// The same blocks' bytes as sums that are scattered and gathered, in the dtype of the activations
+// where nothing is summed; and the gradients of the gains, three vectors a layer but one.
+TEST(SequenceParallelBytes, WireIsTheFormula) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const int tp : {2, 3, 5}) {
+      const Recipe recipe = {.dtype = dtype, .tp = tp, .sequence_parallel = true};
+      std::atomic<int64_t> sent = 0;
+      RunThreadRanks(tp, 1, [&](Communicator& c) {
+        TrainingStep step(Options(recipe), c);
+        step.Run(Batches(recipe, step, 0, 1, InOrder()), recipe.lr);
+        sent += step.wire_bytes(MeshAxis::kTp);
+      });
+      const ModelConfig c = Model(recipe);
+      const int64_t bsh = kSequences * recipe.length * c.d_model;
+      const auto value = static_cast<int64_t>(SizeOf(dtype));
+      const int64_t gains = (2 * c.layers + 1) * c.d_model;
+      // Twice a block: gathered and summed forward, gathered and summed backward; the embedding
+      // scatters once, the loss gathers once, and back.
+      EXPECT_EQ(sent, (4 * c.layers + 2) * bsh * (tp - 1) * (4 + value) + 2 * gains * (tp - 1) * 4);
     }
   }
 }

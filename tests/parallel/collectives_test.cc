@@ -49,7 +49,9 @@ const std::vector<Case>& Cases() {
       {"all_gather", Kind::kSharded, Kind::kPartial,
        [](const Tensor& x, Communicator& c) { return AllGather(x, Bounds(c.size()), c); }},
       {"reduce_scatter", Kind::kPartial, Kind::kSharded,
-       [](const Tensor& x, Communicator& c) { return ReduceScatter(x, Bounds(c.size()), c, x.dtype()); }},
+       [](const Tensor& x, Communicator& c) {
+         return ReduceScatter(x, Bounds(c.size()), c, x.dtype());
+       }},
       {"shard", Kind::kReplicated, Kind::kSharded,
        [](const Tensor& x, Communicator& c) { return Shard(x, Bounds(c.size()), c); }},
       {"all_to_all", Kind::kSharded, Kind::kSharded,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -191,17 +192,19 @@ void CheckSubgroup(Communicator& c) {
 
 // Work behind a queue of its own while the group itself is used.
 void CheckQueue(Communicator& c) {
+  std::vector<int> all(static_cast<size_t>(c.size()));
+  std::iota(all.begin(), all.end(), 0);
+  const auto q = c.Subgroup(all);
   CommQueue queue(c);
   std::vector<double> a(1000, c.rank()), b(10, 1);
   const View va(a.data(), DType::kF64, {1000}), vb(b.data(), DType::kF64, {10});
-  queue.Post([va](Communicator& q) { q.AllReduce(std::span(&va, 1)); });
-  const CommQueue::Ticket second =
-      queue.Post([vb](Communicator& q) { q.AllReduce(std::span(&vb, 1)); });
+  queue.Post([&q, va] { q->AllReduce(std::span(&va, 1)); });
+  const CommQueue::Ticket second = queue.Post([&q, vb] { q->AllReduce(std::span(&vb, 1)); });
   EXPECT_EQ(c.Sum(1), c.size());
   queue.Wait(second);
   EXPECT_EQ(b[9], c.size());
   EXPECT_EQ(a[999], c.size() * (c.size() - 1) / 2.0);  // posted before
-  const CommQueue::Ticket bad = queue.Post([](Communicator&) { throw std::runtime_error("here"); });
+  const CommQueue::Ticket bad = queue.Post([] { throw std::runtime_error("here"); });
   EXPECT_THROW(queue.Wait(bad), std::runtime_error);
 }
 

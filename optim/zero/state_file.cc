@@ -1,0 +1,163 @@
+#include "optim/zero/state_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "core/base/error.h"
+
+namespace shoal {
+namespace {
+
+size_t Page() {
+  static const auto page = static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+  return page;
+}
+
+int OpenNameless(const std::string& dir) {
+  const int fd = open(dir.c_str(), O_TMPFILE | O_RDWR | O_EXCL | O_CLOEXEC, 0600);
+  if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)) return fd;
+  // A file system without nameless files.
+  std::string name = dir + "/optimizer-XXXXXX";
+  const int named = mkostemp(name.data(), O_CLOEXEC);
+  if (named >= 0) unlink(name.c_str());
+  return named;
+}
+
+}  // namespace
+
+// Each allocation is a range of the file and a mapping of its own.
+class StateFile::Mapping : public Allocator {
+ public:
+  explicit Mapping(const std::string& dir) : dir_(dir), fd_(OpenNameless(dir)) {
+    if (fd_ < 0)
+      SHOAL_FAIL(ErrorKind::kStorage, "offload",
+                 "no file for the optimizer's states can be made in {}: {}", dir,
+                 std::strerror(errno));
+  }
+  ~Mapping() override {
+    for (const auto& [data, range] : ranges_) munmap(data, range.size);
+    close(fd_);
+  }
+
+  void* Allocate(size_t bytes, MemoryClass memory_class) override {
+    const std::lock_guard lock(mutex_);
+    const size_t size = (std::max<size_t>(bytes, 1) + Page() - 1) / Page() * Page();
+    const int failed = posix_fallocate(fd_, static_cast<off_t>(end_), static_cast<off_t>(size));
+    if (failed != 0) {
+      struct statvfs fs = {};
+      const bool known = fstatvfs(fd_, &fs) == 0;
+      SHOAL_FAIL(ErrorKind::kStorage, "offload",
+                 "the optimizer's states need {} bytes more in {}, which has {} free ({}): make "
+                 "room, or name another folder with zero.offload_dir",
+                 size, dir_, known ? fs.f_bavail * fs.f_frsize : 0, std::strerror(failed));
+    }
+    void* data =
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(end_));
+    if (data == MAP_FAILED)
+      SHOAL_FAIL(ErrorKind::kStorage, "offload", "{} bytes of the file in {} cannot be mapped: {}",
+                 size, dir_, std::strerror(errno));
+    ranges_[data] = {end_, size, static_cast<int64_t>(bytes), memory_class};
+    end_ += size;
+    stats_.live[static_cast<int>(memory_class)] += static_cast<int64_t>(bytes);
+    stats_.live_total += static_cast<int64_t>(bytes);
+    stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
+    return data;
+  }
+  void Free(void* data) override {
+    const std::lock_guard lock(mutex_);
+    const auto it = ranges_.find(data);
+    if (it == ranges_.end()) return;
+    munmap(data, it->second.size);
+    stats_.live[static_cast<int>(it->second.memory_class)] -= it->second.bytes;
+    stats_.live_total -= it->second.bytes;
+    ranges_.erase(it);
+  }
+  MemoryStats stats() const override {
+    const std::lock_guard lock(mutex_);
+    return stats_;
+  }
+  void ResetPeak() override {
+    const std::lock_guard lock(mutex_);
+    stats_.peak_total = stats_.live_total;
+  }
+
+  void Read(const View& v) const { madvise(Of(v).data, Of(v).size, MADV_WILLNEED); }
+  void Write(const View& v) const {
+    const Place p = Of(v);
+    sync_file_range(fd_, p.at, static_cast<off_t>(p.size), SYNC_FILE_RANGE_WRITE);
+  }
+  // Written, it needs no memory; a file system that cannot tell keeps the pages until it must.
+  void Drop(const View& v) const {
+    const Place p = Of(v);
+    sync_file_range(
+        fd_, p.at, static_cast<off_t>(p.size),
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    madvise(p.data, p.size, MADV_DONTNEED);
+    posix_fadvise(fd_, p.at, static_cast<off_t>(p.size), POSIX_FADV_DONTNEED);
+  }
+
+ private:
+  struct Range {
+    size_t at, size;
+    int64_t bytes;
+    MemoryClass memory_class;
+  };
+  struct Place {
+    void* data;
+    off_t at;
+    size_t size;
+  };
+  Place Of(const View& v) const {
+    const std::lock_guard lock(mutex_);
+    const Range& range = ranges_.at(v.data);
+    return {v.data, static_cast<off_t>(range.at), range.size};
+  }
+
+  std::string dir_;
+  int fd_;
+  mutable std::mutex mutex_;
+  size_t end_ = 0;
+  std::map<void*, Range> ranges_;
+  MemoryStats stats_;
+};
+
+StateFile::StateFile(const std::string& dir) {
+  const Device device = ExecutionContext::Current().device();
+  if (device.type == DeviceType::kMeta) {
+    context_ = std::make_unique<ExecutionContext>(device);
+    return;
+  }
+  SHOAL_CHECK(device.type == DeviceType::kCpu, "offload", "no file is mapped into {} memory",
+              Name(device.type));
+  mapping_ = std::make_shared<Mapping>(dir);
+  context_ = std::make_unique<ExecutionContext>(device, mapping_);
+}
+
+StateFile::~StateFile() = default;
+
+void StateFile::Prefetch(std::span<const View> states) const {
+  if (mapping_ == nullptr) return;
+  for (const View& v : states) mapping_->Read(v);
+}
+
+void StateFile::Retire(std::span<const View> states) {
+  if (mapping_ == nullptr) return;
+  for (const View& v : states) mapping_->Write(v);
+  Settle();
+  retired_.assign(states.begin(), states.end());
+}
+
+void StateFile::Settle() {
+  for (const View& v : retired_) mapping_->Drop(v);
+  retired_.clear();
+}
+
+}  // namespace shoal
