@@ -143,7 +143,8 @@ std::vector<ConfigKey> BuildSchema() {
           .LeftOut("all data-parallel ranks"),
       KEY(zero, bucket, "gradients that are exchanged at once, below stage 3").Bytes(),
       KEY(zero, offload, "where optimizer states live").OneOf({"none", "host", "file"}),
-      KEY(zero, offload_dir, "folder of the file").LeftOut("run.dir"),
+      KEY(zero, offload_dir, "folder of the file, which has no name there")
+          .LeftOut("the disk of run.dir"),
 
       KEY(pipeline, schedule, "order of the passes, or a file that holds one")
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})

@@ -37,6 +37,19 @@ DType ComputeDType(const Config& config) {
   return DType::kF32;
 }
 
+namespace {
+
+// `path`, or the nearest folder above it that is there.
+std::string ExistingFolder(std::filesystem::path path) {
+  std::error_code ignored;
+  path = std::filesystem::absolute(path);
+  while (path.has_relative_path() && !std::filesystem::is_directory(path, ignored))
+    path = path.parent_path();
+  return path;
+}
+
+}  // namespace
+
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan) {
   TrainingOptions options;
   options.model = ModelShape(config);
@@ -67,9 +80,10 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.zero_stage = static_cast<int>(config.zero.stage);
   options.shard_ranks = static_cast<int>(config.zero.shard_ranks.value_or(0));
   options.bucket_bytes = config.zero.bucket;
-  // A CPU rank's states are in the host's memory as they are.
+  // A CPU rank's states are in the host's memory as they are. A file has no name: it need not lie
+  // in run.dir, which is made last.
   if (config.zero.offload == "file")
-    options.offload_dir = config.zero.offload_dir.value_or(config.run.dir);
+    options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
   Cut(options.model, options.mesh.tp);  // refuses what cannot be cut
   return options;
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "launch/session.h"
@@ -82,10 +81,7 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
   RunThreadRanks(ranks, 0, [&](Communicator& world) {
     Config mine = config;
     const OpenedData data = OpenData(&mine);
-    TrainingOptions options = MakeTrainingOptions(mine, plan);
-    // No run is made, so there is no run.dir.
-    if (!options.offload_dir.empty() && !mine.zero.offload_dir)
-      options.offload_dir = std::filesystem::temp_directory_path();
+    const TrainingOptions options = MakeTrainingOptions(mine, plan);
     TrainingStep many(options, world);
     LoadWeights(mine, many);
     many.optimizer().TakeValues();
