@@ -241,7 +241,11 @@ class BackwardPass {
     // inputs must still learn that this use is done.
     if (grad.defined()) {
       if (split) {
-        Call(*node, grad, GradContext::Part::kInputs);
+        const bool passes_on =
+            std::any_of(node->inputs_.begin(), node->inputs_.end(), [](const auto& input) {
+              return input != nullptr && !input->is_weight();
+            });
+        if (passes_on) Call(*node, grad, GradContext::Part::kInputs);
         options_.deferred->work_.push_back({node, std::move(grad)});
       } else {
         Call(*node, std::move(grad), GradContext::Part::kAll);

@@ -139,7 +139,9 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
   if (three) HookUnits(units);
 }
 
-ZeroOptimizer::~ZeroOptimizer() = default;
+ZeroOptimizer::~ZeroOptimizer() {
+  for (const auto& p : parameters_) p->value().storage().set_restore(nullptr);
+}
 
 // From the last parameter to the first; `whole`: as few as possible. Trainable and frozen ones keep
 // apart. Returns the indices of the new buckets.
@@ -428,9 +430,11 @@ void ZeroOptimizer::HookUnits(const std::vector<Module*>& modules) {
     });
     hooks.post_backward.push_back([this, i](Module&) { Release(units_[i]); });
   }
-  for (size_t u = modules_; u < units_.size(); ++u) {
-    for (const Bucket* bucket : units_[u].buckets) {
-      for (Parameter* p : bucket->parameters) p->set_use_hook([this, u] { Ensure(units_[u]); });
+  // Whoever looks at a parameter that nobody has announced waits for it here.
+  for (Unit& unit : units_) {
+    for (const Bucket* bucket : unit.buckets) {
+      for (Parameter* p : bucket->parameters)
+        p->value().storage().set_restore([this, &unit] { Ensure(unit); });
     }
   }
 }
