@@ -58,6 +58,7 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
     node->inputs_.push_back(input.defined() ? input.node() : nullptr);
   for (const Tensor& t : kept) node->saved_.emplace_back(t);
   node->backward_ = std::move(backward);
+  node->split_ = options.split;
   out.set_node(std::move(node));
   return out;
 }
@@ -71,7 +72,7 @@ Tensor GradContext::Saved(int i) {
 bool GradContext::Needs(int i) const {
   const auto& input = node_.inputs_[static_cast<size_t>(i)];
   if (input == nullptr) return false;
-  return part_ == Part::kAll || input->is_leaf() == (part_ == Part::kLeaves);
+  return part_ == Part::kAll || input->is_weight() == (part_ == Part::kLeaves);
 }
 
 GradContext::Target GradContext::Sink(int i) {
@@ -173,12 +174,13 @@ class BackwardPass {
     for (const auto& hook : leaf.hooks) hook(GradEvent::kFinal);
   }
 
-  static std::vector<Leaf*> Leaves(const Node& node) {
-    std::vector<Leaf*> leaves;
+  static std::vector<Leaf*> Weights(const Node& node) {
+    std::vector<Leaf*> weights;
     for (const auto& input : node.inputs_) {
-      if (input != nullptr && input->is_leaf()) leaves.push_back(static_cast<Leaf*>(input.get()));
+      if (input != nullptr && input->is_weight())
+        weights.push_back(static_cast<Leaf*>(input.get()));
     }
-    return leaves;
+    return weights;
   }
 
  private:
@@ -234,20 +236,26 @@ class BackwardPass {
     }
     Tensor grad = std::move(node->gradient_);
     node->gradient_ = Tensor();
-    const bool split = options_.deferred != nullptr && !Leaves(*node).empty();
+    const bool split = options_.deferred != nullptr && node->split_ && !Weights(*node).empty();
     // Without a gradient (a use whose consumer gave none) there is nothing to pass on, but the
     // inputs must still learn that this use is done.
     if (grad.defined()) {
       if (split) {
-        Call(*node, grad, GradContext::Part::kInputs);
+        const bool passes_on =
+            std::any_of(node->inputs_.begin(), node->inputs_.end(), [](const auto& input) {
+              return input != nullptr && !input->is_weight();
+            });
+        if (passes_on) Call(*node, grad, GradContext::Part::kInputs);
         options_.deferred->work_.push_back({node, std::move(grad)});
       } else {
         Call(*node, std::move(grad), GradContext::Part::kAll);
       }
     }
     for (const auto& input : node->inputs_) {
-      if (input != nullptr && --input->pending_ == 0 && !(options_.deferred && input->is_leaf()))
-        ready_.push(input);
+      if (input == nullptr) continue;
+      const bool later = options_.deferred != nullptr && input->is_weight();
+      if (--input->pending_ == 0 && !later) ready_.push(input);
+      if (later && !split) options_.deferred->done_.push_back(input);
     }
     if (!split) node->inputs_.clear();
   }
@@ -264,6 +272,8 @@ void DeferredGradients::Run() {
   // Taken out first: after an error, what ran cannot run again.
   std::vector<Work> all = std::move(work_);
   work_.clear();
+  const std::vector<std::shared_ptr<Node>> done = std::move(done_);
+  done_.clear();
   // Uses per leaf, so that each fires once, after its last share.
   std::vector<std::pair<Leaf*, int>> uses;
   const auto count = [&uses](Leaf* leaf) -> int& {
@@ -272,14 +282,17 @@ void DeferredGradients::Run() {
     return uses.emplace_back(leaf, 0).second;
   };
   for (const Work& work : all)
-    for (Leaf* leaf : BackwardPass::Leaves(*work.node)) ++count(leaf);
+    for (Leaf* leaf : BackwardPass::Weights(*work.node)) ++count(leaf);
+  for (const auto& leaf : done) ++count(static_cast<Leaf*>(leaf.get()));
+  const auto use = [&](Leaf* leaf) {
+    if (--count(leaf) == 0 && leaf->grad.defined()) BackwardPass::Fire(*leaf, final_);
+  };
   for (Work& work : all) {
     BackwardPass::Call(*work.node, std::move(work.grad), GradContext::Part::kLeaves);
-    for (Leaf* leaf : BackwardPass::Leaves(*work.node)) {
-      if (--count(leaf) == 0 && leaf->grad.defined()) BackwardPass::Fire(*leaf, final_);
-    }
+    for (Leaf* leaf : BackwardPass::Weights(*work.node)) use(leaf);
     work.node.reset();
   }
+  for (const auto& leaf : done) use(static_cast<Leaf*>(leaf.get()));
 }
 
 void Backward(const Tensor& root, const Tensor& gradient, const BackwardOptions& options) {

@@ -29,6 +29,8 @@ class Node {
   const char* name() const { return name_; }
   const std::vector<std::shared_ptr<Node>>& inputs() const { return inputs_; }
   virtual bool is_leaf() const { return false; }
+  // Its gradient may be left for later; see DeferredGradients.
+  virtual bool is_weight() const { return false; }
 
  private:
   friend class GradContext;
@@ -43,6 +45,7 @@ class Node {
   std::vector<std::shared_ptr<Node>> inputs_;  // null where no gradient is wanted
   std::vector<SavedTensor> saved_;
   std::function<void(GradContext&)> backward_;
+  bool split_ = true;
   // For the time of a backward pass:
   int pending_ = 0;  // uses whose gradients have not arrived
   Tensor gradient_;
@@ -58,10 +61,12 @@ class Leaf : public Node {
  public:
   Leaf(const Dims& shape, DType value_dtype);
   bool is_leaf() const override { return true; }
+  bool is_weight() const override { return weight; }
 
-  std::string name;  // of the parameter; for errors
-  Tensor grad;       // undefined until the first share
-  DType grad_dtype;  // starts as the value's dtype
+  bool weight = true;  // false: a value that was received, whose gradient others wait for
+  std::string name;    // of the parameter; for errors
+  Tensor grad;         // undefined until the first share
+  DType grad_dtype;    // starts as the value's dtype
   MemoryClass memory_class = MemoryClass::kGradients;
   // Called in the order in which they were added.
   std::vector<std::function<void(GradEvent)>> hooks;
@@ -102,7 +107,7 @@ class GradContext {
 class DeferredGradients {
  public:
   void Run();
-  bool empty() const { return work_.empty(); }
+  bool empty() const { return work_.empty() && done_.empty(); }
 
  private:
   friend class BackwardPass;
@@ -111,6 +116,7 @@ class DeferredGradients {
     Tensor grad;
   };
   std::vector<Work> work_;
+  std::vector<std::shared_ptr<Node>> done_;  // leaves whose gradients are here, but not their hooks
   bool final_ = true;
 };
 
@@ -128,6 +134,7 @@ struct RecordOptions {
   std::optional<DType> gradient_dtype;  // in which gradients of `out` add up; by default its own
   std::optional<Placement> placement;   // of `out`; by default UniformPlacement of the inputs
   bool linear = false;                  // in all inputs together; see UniformPlacement
+  bool split = true;  // false: its backward is one pass, also where weights' gradients are deferred
 };
 // For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.
 // `kept` is what backward will ask for by Saved(i).

@@ -57,6 +57,13 @@ void Module::Replace(std::string_view path, std::shared_ptr<Module> module) {
   child->module = std::move(module);
 }
 
+void Module::RemoveChild(std::string_view name) {
+  const auto child = std::find_if(children_.begin(), children_.end(),
+                                  [&](const Child& c) { return c.name == name; });
+  SHOAL_CHECK(child != children_.end(), "remove", "no child '{}' here", name);
+  children_.erase(child);
+}
+
 Tensor Module::Hooked(const Tensor& x, const std::function<Tensor(const Tensor&)>& forward) {
   for (const auto& hook : hooks_.pre_forward) hook(*this);
   const Tensor in = BackwardHook("post_backward", this, hooks_.post_backward, x);

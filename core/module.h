@@ -57,6 +57,8 @@ class Module {
                            return true;
                          }});
   }
+  // The child is no longer part of the tree, though the member stays.
+  void RemoveChild(std::string_view name);
   std::shared_ptr<Parameter> AddParameter(std::string name, std::shared_ptr<Parameter> parameter) {
     parameters_.emplace_back(std::move(name), parameter);
     return parameter;

@@ -25,7 +25,6 @@ void Parameter::Materialize(DType dtype, MemoryClass memory_class) {
 
 Tensor Parameter::Use() const {
   SHOAL_CHECK(value_.defined(), name_, "is used before it has memory");
-  if (use_hook_) use_hook_();
   Tensor use = value_.Detached();
   use.set_placement(placement_);
   if (requires_grad_) use.set_node(leaf_);

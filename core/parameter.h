@@ -61,8 +61,6 @@ class Parameter {
   const Tensor& value() const { return value_; }
   // The value as an op's input: gradients arrive in leaf().grad.
   Tensor Use() const;
-  // Called at the beginning of every Use: whoever has freed the value's storage brings it back.
-  void set_use_hook(std::function<void()> hook) { use_hook_ = std::move(hook); }
   Leaf& leaf() const { return *leaf_; }
   bool requires_grad() const { return requires_grad_; }
   void set_requires_grad(bool on) { requires_grad_ = on; }
@@ -75,7 +73,6 @@ class Parameter {
   Placement placement_;
   Tensor value_;
   std::shared_ptr<Leaf> leaf_;
-  std::function<void()> use_hook_;
   std::function<void(const Tensor&)> gradient_sum_;
   std::pair<int64_t, int64_t> owned_ = {0, -1};
   bool requires_grad_ = true;

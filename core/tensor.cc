@@ -81,6 +81,7 @@ bool Tensor::contiguous() const {
 shoal::View Tensor::view() const {
   shoal::View v;
   if (!defined()) return v;
+  impl_->storage->Restore();
   SHOAL_CHECK(impl_->storage->data() != nullptr, "tensor",
               "a tensor of shape {} is used while its memory is released", shape().ToString());
   v.data = static_cast<char*>(impl_->storage->data()) +

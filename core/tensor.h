@@ -1,6 +1,7 @@
 // A strided array in ref-counted storage. Copying a Tensor shares it.
 #pragma once
 
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -16,7 +17,8 @@ namespace shoal {
 class Node;
 
 // Memory that tensors share. It may be given up and obtained again while tensors refer to it: that
-// is how ZeRO 3 frees the parameters of a block between uses.
+// is how ZeRO 3 frees the parameters of a block between uses. Whoever gives it up may say how it is
+// brought back when a tensor is looked at.
 class Storage {
  public:
   Storage(size_t bytes, MemoryClass memory_class, std::shared_ptr<Allocator> allocator,
@@ -36,6 +38,10 @@ class Storage {
     if (data_ != nullptr) allocator_->Free(data_);
     data_ = nullptr;
   }
+  void set_restore(std::function<void()> restore) { restore_ = std::move(restore); }
+  void Restore() const {
+    if (data_ == nullptr && restore_) restore_();
+  }
   void* data() const { return data_; }  // null while released
   size_t bytes() const { return bytes_; }
   MemoryClass memory_class() const { return memory_class_; }
@@ -47,6 +53,7 @@ class Storage {
   MemoryClass memory_class_;
   std::shared_ptr<Allocator> allocator_;
   Device device_;
+  std::function<void()> restore_;
 };
 
 class Tensor {

@@ -1,6 +1,12 @@
 #include "launch/training_step.h"
 
+#include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstring>
+#include <fstream>
+#include <numeric>
+#include <sstream>
 
 #include "core/base/mutation.h"
 #include "core/init.h"
@@ -23,14 +29,60 @@ AxisCut Cut(const ModelConfig& model, int tp) {
   return CutTransformer(tp, model.heads, model.kv_heads, model.head_dim, model.mlp, model.vocab);
 }
 
+PipelineSchedule ScheduleOf(const TrainingOptions& options, int micro_batches) {
+  const int ranks = options.mesh.pp, chunks = options.virtual_stages;
+  if (!options.schedule.ends_with(".csv"))
+    return MakePipelineSchedule(options.schedule, ranks, chunks, micro_batches);
+  std::ifstream file(options.schedule);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (!file)
+    SHOAL_FAIL(ErrorKind::kConfig, "pipeline", "pipeline.schedule {} cannot be read: {}",
+               options.schedule, std::strerror(errno));
+  return ParsePipelineSchedule(text.str(), options.schedule, ranks, chunks, micro_batches);
+}
+
+std::vector<int> StagesOf(const TrainingOptions& options) {
+  const int stages = options.mesh.pp * options.virtual_stages;
+  if (options.blocks_per_stage.empty())
+    return CutIntoStages(SegmentCosts(options.model, options.length), stages);
+  const std::vector<int>& blocks = options.blocks_per_stage;
+  const auto layers = static_cast<int>(options.model.layers);
+  const int sum = std::accumulate(blocks.begin(), blocks.end(), 0);
+  const bool alone = stages > 1 || blocks.size() != 1;
+  if (static_cast<int>(blocks.size()) != stages || sum != layers ||
+      std::any_of(blocks.begin(), blocks.end(), [](int n) { return n < 0; }) ||
+      (alone && std::any_of(blocks.begin() + 1, blocks.end() - 1, [](int n) { return n == 0; })))
+    SHOAL_FAIL(ErrorKind::kConfig, "pipeline",
+               "pipeline.blocks gives {} blocks to {} stages: it must give the model's {} to {} "
+               "(mesh.pp x pipeline.virtual_stages), at least one to those in the middle",
+               sum, blocks.size(), layers, stages);
+  // The embedding belongs to the first, the norm and the head to the last.
+  std::vector<int> bounds = {0};
+  for (const int n : blocks) bounds.push_back((bounds.size() == 1 ? 1 : bounds.back()) + n);
+  bounds.back() = layers + LanguageModel::kOtherSegments;
+  return bounds;
+}
+
 TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     : options_(options),
       mesh_(world, Filled(options.mesh, world.size())),
       model_(BuildModel(options.model)) {
-  ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp), mesh_.axis(MeshAxis::kTp),
-                      options.sequence_parallel);
+  for (const auto& p : model_->Parameters()) known_.push_back({p->name(), p->global_shape()});
+  segments_ = Executor(options.micro_batches).Segments(StagesOf(options));
+  std::vector<bool> kept(static_cast<size_t>(model_->segments()));
   std::vector<Module*> blocks;
-  for (const auto& block : model_->blocks()) blocks.push_back(block.get());
+  for (const auto& [begin, end] : segments_) {
+    for (int s = begin; s < end; ++s) {
+      kept[static_cast<size_t>(s)] = true;
+      if (s > 0 && s + 1 < model_->segments())
+        blocks.push_back(model_->blocks()[static_cast<size_t>(s) - 1].get());
+    }
+  }
+  model_->Keep(kept);
+  begin_ = ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp),
+                               mesh_.axis(MeshAxis::kTp), options.sequence_parallel);
+  TieHead();
   ZeroOptions zero;
   zero.stage = options.zero_stage;
   zero.shard_ranks = options.shard_ranks;
@@ -39,26 +91,80 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   zero.compute = options.compute;
   zero.gradients = options.gradients;
   zero.rule = options.rule;
+  const bool one_pass = segments_.size() == 1 && mesh_.shape().pp == 1;
   optimizer_ = std::make_unique<ZeroOptimizer>(
-      *model_, blocks, mesh_, zero, [&](const Parameter& p) { InitParameter(p, options.seed); });
+      *model_, blocks, mesh_, zero, [&](const Parameter& p) { InitParameter(p, options.seed); },
+      [&](const Parameter& p) {
+        if (&p == model_->tied_weight() && !one_pass) return ZeroOptimizer::kLate;
+        const int segment = model_->SegmentOf(p.name());
+        for (size_t chunk = 0; chunk < segments_.size(); ++chunk)
+          if (segment >= segments_[chunk].first && segment < segments_[chunk].second)
+            return static_cast<int>(chunk);
+        SHOAL_FAIL(ErrorKind::kBug, p.name(), "belongs to no stage of this rank");
+      });
+}
+
+// A tied weight on two ranks: its gradient is summed over them, and the first one counts.
+void TrainingStep::TieHead() {
+  Parameter* weight = model_->tied_weight();
+  if (weight == nullptr || mesh_.shape().pp == 1) return;
+  const PipelineSchedule& schedule = executor_->schedule();
+  const int first = schedule.Holder(0).first;
+  const int last = schedule.Holder(schedule.stages() - 1).first;
+  if (first == last) return;
+  Communicator& stages = mesh_.axis(MeshAxis::kPp);
+  const bool here = stages.rank() == first || stages.rank() == last;
+  std::vector<int> members;
+  for (int r = 0; r < stages.size(); ++r)
+    if ((r == first || r == last) == here) members.push_back(r);
+  tied_ = stages.Subgroup(members);
+  if (!here) return;
+  if (stages.rank() == last) weight->set_owned(0, 0);
+  weight->set_gradient_sum([this](const Tensor& gradient) {
+    const View view = gradient.view();
+    tied_->AllReduce(std::span(&view, 1));
+  });
+}
+
+PipelineExecutor& TrainingStep::Executor(int micro_batches) {
+  if (executor_ == nullptr || executor_->schedule().micro_batches != micro_batches) {
+    if (executor_ != nullptr) wire_before_ += executor_->wire_bytes();
+    executor_ = std::make_unique<PipelineExecutor>(ScheduleOf(options_, micro_batches),
+                                                   mesh_.axis(MeshAxis::kPp));
+    executor_->set_profile(profile_);
+  }
+  return *executor_;
 }
 
 int64_t TrainingStep::wire_bytes(MeshAxis axis) const {
-  return mesh_.wire_bytes(axis) + (axis == MeshAxis::kDp ? optimizer_->wire_bytes() : 0);
+  int64_t bytes = mesh_.wire_bytes(axis);
+  if (axis == MeshAxis::kDp) bytes += optimizer_->wire_bytes();
+  if (axis == MeshAxis::kPp) {
+    bytes += wire_before_ + executor_->wire_bytes();
+    if (tied_ != nullptr) bytes += tied_->wire_bytes(Traffic::kData);
+  }
+  return bytes;
 }
 
 void TrainingStep::set_profile(KernelProfile* profile) {
+  profile_ = profile;
   mesh_.set_profile(profile);
   optimizer_->set_profile(profile);
+  executor_->set_profile(profile);
 }
 
-Tensor TrainingStep::Loss(const Batch& batch, double normalizer, bool training) {
+// Each replica has its own sequences.
+Placement TrainingStep::OfReplica() const {
+  Placement placement;
+  if (mesh_.shape().dp > 1) placement.Set(MeshAxis::kDp, AxisPlacement::Sharded(0));
+  return placement;
+}
+
+Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, double normalizer,
+                             bool training) {
   const Dims shape = {batch.count, batch.length};
-  // Each replica has its own sequences.
   const auto of_replica = [&](Tensor t) {
-    Placement placement;
-    if (mesh_.shape().dp > 1) placement.Set(MeshAxis::kDp, AxisPlacement::Sharded(0));
-    t.set_placement(placement);
+    t.set_placement(OfReplica());
     return t;
   };
   SequenceInfo info;
@@ -67,8 +173,36 @@ Tensor TrainingStep::Loss(const Batch& batch, double normalizer, bool training) 
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
   info.seed = options_.seed;
   info.training = training;
-  const Tensor hidden = model_->Hidden(of_replica(Tensor::From(batch.tokens, shape)), info);
-  return model_->Loss(hidden, of_replica(Tensor::From(batch.labels, shape)), normalizer);
+  begin_(batch.count * batch.length);
+  Tensor x = in;
+  const auto [begin, end] = segments_[static_cast<size_t>(chunk)];
+  for (int s = begin; s < end; ++s) {
+    if (s == 0) {
+      x = model_->Embed(of_replica(Tensor::From(batch.tokens, shape)), info);
+    } else if (s + 1 < model_->segments()) {
+      x = (*model_->blocks()[static_cast<size_t>(s) - 1])(x, info);
+    } else {
+      x = model_->Loss(model_->Norm(x), of_replica(Tensor::From(batch.labels, shape)), normalizer);
+    }
+  }
+  return x;
+}
+
+// [B, T, D], or this rank's rows of it.
+Tensor TrainingStep::Boundary(const Batch& batch) const {
+  const Communicator& tp = mesh_.axis(MeshAxis::kTp);
+  Dims shape = {batch.count, batch.length, options_.model.d_model};
+  Placement placement = OfReplica();
+  if (options_.sequence_parallel && tp.size() > 1) {
+    const int64_t tokens = batch.count * batch.length;
+    shape = {
+        ShardBegin(tokens, tp.rank() + 1, tp.size()) - ShardBegin(tokens, tp.rank(), tp.size()),
+        options_.model.d_model};
+    placement.Set(MeshAxis::kTp, AxisPlacement::Sharded(0));
+  }
+  Tensor t = Tensor::Empty(shape, options_.compute);
+  t.set_placement(placement);
+  return t;
 }
 
 TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, double lr) {
@@ -78,28 +212,33 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   Result result;
   result.tokens = static_cast<int64_t>(mesh_.data().Sum(static_cast<double>(labelled)));
   const double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
-  double loss = 0;
-  for (size_t i = 0; i < micro_batches.size(); ++i) {
+  const auto at = [&](int i) -> const Batch& { return micro_batches[static_cast<size_t>(i)]; };
+  PipelineWork work;
+  work.forward = [&](int chunk, int i, const Tensor& in) {
     const double of_mean =
-        static_cast<double>(std::max<int64_t>(micro_batches[i].labelled, 1) * mesh_.data().size() *
+        static_cast<double>(std::max<int64_t>(at(i).labelled, 1) * mesh_.data().size() *
                             static_cast<int64_t>(micro_batches.size()));
-    const Tensor share = Loss(
-        micro_batches[i], Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
-    BackwardOptions backward;
-    backward.final_micro_batch = i + 1 == micro_batches.size();
-    Backward(share, {}, backward);
-    loss += share.Item();
-    optimizer_->FinishMicroBatch(backward.final_micro_batch);
-  }
-  result.loss = mesh_.data().Sum(loss);
+    return Forward(at(i), chunk, in,
+                   Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
+  };
+  work.boundary = [&](int i) { return Boundary(at(i)); };
+  work.shared = [&](int chunk, bool last) { optimizer_->FinishPass(chunk, last); };
+  const double loss = Executor(static_cast<int>(micro_batches.size())).Run(work);
+  optimizer_->FinishStep();
+  // The last stage has it.
+  result.loss = mesh_.axis(MeshAxis::kPp).Sum(mesh_.data().Sum(loss));
   result.grad_norm = optimizer_->GradNorm();
   optimizer_->Step(lr, ClipScale(result.grad_norm, options_.clip));
   return result;
 }
 
 double TrainingStep::SumLoss(const Batch& batch) {
-  const NoGrad no_grad;
-  return Loss(batch, 1, false).Item();
+  PipelineWork work;
+  work.forward = [&](int chunk, int, const Tensor& in) {
+    return Forward(batch, chunk, in, 1, false);
+  };
+  work.boundary = [&](int) { return Boundary(batch); };
+  return mesh_.axis(MeshAxis::kPp).Sum(executor_->Forward(work));
 }
 
 StateDict TrainingStep::State(bool once) {
@@ -120,18 +259,21 @@ StateDict TrainingStep::State(bool once) {
   return state;
 }
 
-std::vector<double> TrainingStep::Whole(const Parameter& p) {
-  const Dims& global = p.global_shape();
-  SHOAL_CHECK(global.rank() == 1 || global.rank() == 2, p.name(), "has shape {}",
+std::vector<double> TrainingStep::Whole(const Known& known) {
+  const Dims& global = known.shape;
+  SHOAL_CHECK(global.rank() == 1 || global.rank() == 2, known.name, "has shape {}",
               global.ToString());
-  const std::vector<double> here = p.value().ToVector();
   std::vector<double> whole(static_cast<size_t>(global.numel()));
-  const auto [first, count] = p.owned();
-  const int64_t width = std::max<int64_t>(p.shape()[-1], 1);
-  for (int64_t i = first; i < first + count; ++i) {
-    const int64_t row = global.rank() == 2 ? p.offset()[0] + i / width : 0;
-    whole[static_cast<size_t>(row * global[-1] + p.offset()[-1] + i % width)] =
-        here[static_cast<size_t>(i)];
+  for (const auto& p : model_->Parameters()) {
+    if (p->name() != known.name) continue;
+    const std::vector<double> here = p->value().ToVector();
+    const auto [first, count] = p->owned();
+    const int64_t width = std::max<int64_t>(p->shape()[-1], 1);
+    for (int64_t i = first; i < first + count; ++i) {
+      const int64_t row = global.rank() == 2 ? p->offset()[0] + i / width : 0;
+      whole[static_cast<size_t>(row * global[-1] + p->offset()[-1] + i % width)] =
+          here[static_cast<size_t>(i)];
+    }
   }
   // Every element is owned by one rank.
   const View view(whole.data(), DType::kF64, {global.numel()});

@@ -9,6 +9,7 @@
 #include "data/loader.h"
 #include "models/registry.h"
 #include "optim/zero/zero.h"
+#include "parallel/pipeline.h"
 #include "parallel/tensor_parallel.h"
 
 namespace shoal {
@@ -26,7 +27,18 @@ struct TrainingOptions {
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   std::string offload_dir;
+  std::string schedule = "1f1b";  // of the pipeline: a kind, or a file
+  int virtual_stages = 1;
+  std::vector<int> blocks_per_stage;  // of the pipeline; empty: as SegmentCosts balance
+  int micro_batches = 1;              // per step and replica
+  int64_t length = 0;                 // tokens of a sequence, for the balance
 };
+
+// The order of a step's passes; Error(kConfig) if there is none for so many ranks and
+// micro-batches.
+PipelineSchedule ScheduleOf(const TrainingOptions& options, int micro_batches);
+// Bounds of the pipeline's stages in the model's segments.
+std::vector<int> StagesOf(const TrainingOptions& options);
 
 // How `tp` ranks share a model; Error(kConfig) if they cannot.
 AxisCut Cut(const ModelConfig& model, int tp);
@@ -42,7 +54,7 @@ class TrainingStep {
     double grad_norm = 0;  // global, before clipping
     int64_t tokens = 0;    // labelled, over all ranks
   };
-  // `micro_batches`: this rank's share of the step. Collective.
+  // `micro_batches`: this replica's share of the step. Collective.
   Result Run(std::span<const Batch> micro_batches, double lr);
 
   // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. Ranks
@@ -58,18 +70,36 @@ class TrainingStep {
   // What is here of parameters, and of what the optimizer keeps of them. `once`: what several ranks
   // hold is named by one of them alone, for a save.
   StateDict State(bool once = false);
-  // A parameter as a whole, in row-major order. Its slice is here
-  // (ZeroOptimizer::GatherParameters). Collective over the ranks of this replica.
-  std::vector<double> Whole(const Parameter& parameter);
+  // All parameters of the model, of other stages too.
+  struct Known {
+    std::string name;
+    Dims shape;
+  };
+  const std::vector<Known>& parameters() const { return known_; }
+  // One of them as a whole, in row-major order, after ZeroOptimizer::GatherParameters. Collective
+  // over the ranks of this replica.
+  std::vector<double> Whole(const Known& parameter);
   // Whether no value of State() is infinite or NaN.
   bool AllFinite();
 
  private:
-  Tensor Loss(const Batch& batch, double normalizer, bool training);
+  void TieHead();
+  PipelineExecutor& Executor(int micro_batches);
+  // The part of the model that is stage `chunk` of this rank.
+  Tensor Forward(const Batch& batch, int chunk, const Tensor& in, double normalizer, bool training);
+  Tensor Boundary(const Batch& batch) const;
+  Placement OfReplica() const;
 
   TrainingOptions options_;
   Mesh mesh_;
   std::shared_ptr<LanguageModel> model_;
+  std::vector<Known> known_;
+  std::unique_ptr<PipelineExecutor> executor_;
+  int64_t wire_before_ = 0;                    // of executors before this one
+  std::vector<std::pair<int, int>> segments_;  // by chunk
+  std::function<void(int64_t)> begin_;         // a forward over so many tokens
+  std::unique_ptr<Communicator> tied_;         // the stages that hold a tied head's weight
+  KernelProfile* profile_ = nullptr;
   std::unique_ptr<ZeroOptimizer> optimizer_;
 };
 

@@ -94,6 +94,9 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     if (world.rank() == 0) {
       TrainingOptions alone = options;
       alone.mesh = {};
+      alone.schedule = "1f1b";
+      alone.virtual_stages = 1;
+      alone.blocks_per_stage.clear();
       alone.zero_stage = alone.shard_ranks = 0;
       alone.offload_dir.clear();
       alone.sequence_parallel = false;
@@ -111,12 +114,9 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
         comparison.Scalar(step, "grad_norm", expected.grad_norm, got.grad_norm);
       }
       many.optimizer().GatherParameters();
-      const auto parameters = many.model().Parameters();
-      for (size_t i = 0; i < parameters.size(); ++i) {
-        const std::vector<double> whole = many.Whole(*parameters[i]);
-        if (!one) continue;
-        comparison.Parameter(step, parameters[i]->name(),
-                             one->model().Parameters()[i]->value().ToVector(), whole);
+      for (const TrainingStep::Known& parameter : many.parameters()) {
+        const std::vector<double> whole = many.Whole(parameter);
+        if (one) comparison.Parameter(step, parameter.name, one->Whole(parameter), whole);
       }
     }
   });

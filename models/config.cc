@@ -46,4 +46,17 @@ int64_t ParameterCount(const ModelConfig& c) {
   return c.vocab * c.d_model + c.layers * block + c.d_model + head;
 }
 
+std::vector<double> SegmentCosts(const ModelConfig& c, int64_t length) {
+  const auto d = static_cast<double>(c.d_model), head = static_cast<double>(c.head_dim);
+  const double q = static_cast<double>(c.heads) * head, kv = static_cast<double>(c.kv_heads) * head;
+  const double products = c.family == "gpt2" ? 2 : 3;  // of the mlp
+  const double weights = d * (2 * q + 2 * kv) + products * d * static_cast<double>(c.mlp);
+  // Scores and values over the half of the sequence that a token sees.
+  const double block = 2 * weights + 2 * q * static_cast<double>(length);
+  std::vector<double> costs(static_cast<size_t>(c.layers) + 2, block);
+  costs.front() = d;
+  costs.back() = 2 * d * static_cast<double>(c.vocab);
+  return costs;
+}
+
 }  // namespace shoal

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace shoal {
 
@@ -29,5 +30,9 @@ void CheckModelConfig(const ModelConfig& config);
 
 // Weights of the whole model, a tied head counted once.
 int64_t ParameterCount(const ModelConfig& config);
+
+// FLOPs per token of each segment (LanguageModel::segments), forward, in sequences of `length`
+// tokens. Looking up the embedding counts as the copy that it is.
+std::vector<double> SegmentCosts(const ModelConfig& config, int64_t length);
 
 }  // namespace shoal

@@ -28,6 +28,13 @@ Gpt2::Gpt2(const ModelConfig& config)
   AddChild("embed_dropout", embed_dropout_, std::make_shared<Dropout>(config.dropout, "embed"));
 }
 
+void Gpt2::Keep(const std::vector<bool>& segments) {
+  LanguageModel::Keep(segments);
+  if (segments.front()) return;
+  RemoveChild("position");
+  RemoveChild("embed_dropout");
+}
+
 Tensor Gpt2::Embed(const Tensor& tokens, const SequenceInfo& info) {
   const Tensor x = ops::Add(LanguageModel::Embed(tokens, info), position_->Forward(info.positions));
   return embed_dropout_->Forward(x, info);

@@ -9,6 +9,7 @@ namespace shoal {
 class Gpt2 : public LanguageModel {
  public:
   explicit Gpt2(const ModelConfig& config);
+  void Keep(const std::vector<bool>& segments) override;
   Tensor Embed(const Tensor& tokens, const SequenceInfo& info) override;
 
  private:

@@ -23,6 +23,23 @@ LanguageModel::LanguageModel(const ModelConfig& config, std::vector<std::shared_
   AddChild("loss", loss_, std::make_shared<LmLoss>());
 }
 
+void LanguageModel::Keep(const std::vector<bool>& segments) {
+  const bool first = segments.front(), last = segments.back();
+  if (!first && !(last && config_.tied)) RemoveChild("embed");
+  for (size_t i = 0; i < blocks().size(); ++i)
+    if (!segments[i + 1]) blocks_->Remove(i);
+  if (last) return;
+  RemoveChild("norm");
+  if (head_) RemoveChild("head");
+  RemoveChild("loss");
+}
+
+int LanguageModel::SegmentOf(const std::string& parameter) const {
+  const auto within = [&](const char* module) { return parameter.starts_with(module); };
+  if (within("blocks.")) return 1 + std::stoi(parameter.substr(std::string("blocks.").size()));
+  return within("norm.") || within("head.") ? segments() - 1 : 0;
+}
+
 Tensor LanguageModel::Embed(const Tensor& tokens, const SequenceInfo&) {
   return embed_->Forward(tokens);
 }
@@ -30,7 +47,7 @@ Tensor LanguageModel::Embed(const Tensor& tokens, const SequenceInfo&) {
 Tensor LanguageModel::Hidden(const Tensor& tokens, const SequenceInfo& info) {
   Tensor x = Embed(tokens, info);
   for (const auto& block : blocks()) x = (*block)(x, info);
-  return (*norm_)(x);
+  return Norm(x);
 }
 
 Tensor LanguageModel::Logits(const Tensor& hidden) {

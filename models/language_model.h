@@ -12,6 +12,7 @@ class BlockList : public Module {
  public:
   explicit BlockList(std::vector<std::shared_ptr<Block>> blocks);
   const std::vector<std::shared_ptr<Block>>& blocks() const { return blocks_; }
+  void Remove(size_t i) { RemoveChild(std::to_string(i)); }
 
  private:
   std::vector<std::shared_ptr<Block>> blocks_;
@@ -22,8 +23,19 @@ class LanguageModel : public Module {
   const ModelConfig& config() const { return config_; }
   const std::vector<std::shared_ptr<Block>>& blocks() const { return blocks_->blocks(); }
 
+  // The model is a list of segments: the embedding, each block, and the final norm with the head
+  // and the loss. Takes away what only the other segments use; parameters keep their names.
+  static constexpr int kOtherSegments = 2;
+  int segments() const { return static_cast<int>(blocks().size()) + kOtherSegments; }
+  virtual void Keep(const std::vector<bool>& segments);
+  // Where a parameter of the whole model is used; a tied head's weight where it embeds.
+  int SegmentOf(const std::string& parameter) const;
+  // A tied head's weight, or null.
+  Parameter* tied_weight() const { return head_ ? nullptr : embed_->weight().get(); }
+
   // tokens i32 [B, T] -> [B, T, D]
   virtual Tensor Embed(const Tensor& tokens, const SequenceInfo& info);
+  Tensor Norm(const Tensor& x) { return (*norm_)(x); }
   // Embedding, blocks and final norm.
   Tensor Hidden(const Tensor& tokens, const SequenceInfo& info);
   // hidden [.., D] -> [.., V]

@@ -1,26 +1,42 @@
 #include "parallel/comm_queue.h"
 
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+
 #include "core/base/error.h"
 #include "core/context.h"
 
 namespace shoal {
 
-CommQueue::CommQueue(const Communicator& communicator) {
+struct CommQueue::State {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<std::function<void()>> work;
+  Ticket done = 0;
+  bool stop = false;
+  std::exception_ptr error;
+
+  void Serve();
+};
+
+CommQueue::CommQueue(const Communicator& communicator) : state_(std::make_shared<State>()) {
   const bool meta = ExecutionContext::Current().device().type == DeviceType::kMeta;
   if (communicator.size() == 1 || meta || !communicator.concurrent()) return;
-  thread_ = std::thread([this, rank = ThreadRank()] {
+  thread_ = std::thread([state = state_, rank = ThreadRank()] {
     SetThreadRank(rank);
-    Serve();
+    state->Serve();
   });
 }
 
 CommQueue::~CommQueue() {
   if (!thread_.joinable()) return;
   {
-    const std::lock_guard lock(mutex_);
-    stop_ = true;
+    const std::lock_guard lock(state_->mutex);
+    state_->stop = true;
   }
-  changed_.notify_all();
+  state_->changed.notify_all();
   thread_.join();
 }
 
@@ -31,44 +47,56 @@ CommQueue::Ticket CommQueue::Post(std::function<void()> work) {
     return posted_;
   }
   {
-    const std::lock_guard lock(mutex_);
-    work_.push_back(std::move(work));
+    const std::lock_guard lock(state_->mutex);
+    state_->work.push_back(std::move(work));
   }
-  changed_.notify_all();
+  state_->changed.notify_all();
   return posted_;
 }
 
 void CommQueue::Wait(Ticket ticket) {
   if (!thread_.joinable()) return;
   const KernelTimer timer(profile_, "Communication");
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return done_ >= ticket || error_ != nullptr; });
-  if (error_ != nullptr) std::rethrow_exception(error_);
+  std::unique_lock lock(state_->mutex);
+  state_->changed.wait(lock, [&] { return state_->done >= ticket || state_->error != nullptr; });
+  if (state_->error != nullptr) std::rethrow_exception(state_->error);
 }
 
-void CommQueue::Serve() {
-  std::unique_lock lock(mutex_);
+void CommQueue::Abandon() {
+  if (!thread_.joinable()) return;
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stop = true;
+    state_->work.clear();
+  }
+  state_->changed.notify_all();
+  thread_.detach();
+}
+
+void CommQueue::State::Serve() {
+  std::unique_lock lock(mutex);
   for (;;) {
-    changed_.wait(lock, [&] { return stop_ || !work_.empty(); });
-    if (work_.empty()) return;
-    const std::function<void()> work = std::move(work_.front());
-    work_.pop_front();
+    changed.wait(lock, [&] { return stop || !work.empty(); });
+    if (work.empty()) return;
+    std::function<void()> next = std::move(work.front());
+    work.pop_front();
     lock.unlock();
-    std::exception_ptr error;
+    std::exception_ptr failed;
     try {
-      work();
+      next();
     } catch (...) {
-      error = std::current_exception();
+      failed = std::current_exception();
     }
+    next = nullptr;  // what it held is free before its end is told
     lock.lock();
-    if (error != nullptr) {
-      error_ = error;
-      work_.clear();
+    if (failed != nullptr) {
+      error = failed;
+      work.clear();
     } else {
-      ++done_;
+      ++done;
     }
-    changed_.notify_all();
-    if (error_ != nullptr) return;
+    changed.notify_all();
+    if (error != nullptr) return;
   }
 }
 

@@ -2,11 +2,8 @@
 // posted. Ranks post the same work in the same order.
 #pragma once
 
-#include <condition_variable>
-#include <deque>
-#include <exception>
 #include <functional>
-#include <mutex>
+#include <memory>
 #include <thread>
 
 #include "parallel/communicator.h"
@@ -29,22 +26,19 @@ class CommQueue {
   // error the rest of the queue is dropped.
   void Wait(Ticket ticket);
   void WaitAll() { Wait(posted_); }
+  // After a failure, when what was posted may never end: nobody waits for it any more. What it uses
+  // must be its own.
+  void Abandon();
 
   // Time that Wait spends goes to `profile` (may be null) from now on.
   void set_profile(KernelProfile* profile) { profile_ = profile; }
 
  private:
-  void Serve();
-
+  struct State;
+  std::shared_ptr<State> state_;  // the thread's too
   KernelProfile* profile_ = nullptr;
   Ticket posted_ = 0;  // by the owner alone
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> work_;
-  Ticket done_ = 0;
-  bool stop_ = false;
-  std::exception_ptr error_;
-  std::thread thread_;  // last: it uses the others
+  std::thread thread_;
 };
 
 }  // namespace shoal

@@ -106,7 +106,7 @@ std::vector<int64_t> ShardBounds(int64_t n, int size) {
 }
 
 bool Communicator::Count(int64_t bytes, Traffic traffic, const View& like) {
-  wire_bytes_[static_cast<int>(traffic)] += bytes;
+  wire_bytes_[static_cast<size_t>(traffic)] += bytes;
   return like.device.type != DeviceType::kMeta;
 }
 
@@ -209,7 +209,7 @@ std::vector<std::string> Communicator::AllGatherStrings(const std::string& mine)
   // Along a ring, a rank passes on every piece but its neighbour's.
   for (int r = 0; r < size() && size() > 1; ++r) {
     if (r == (rank() + 1) % size()) continue;
-    wire_bytes_[static_cast<int>(Traffic::kControl)] +=
+    wire_bytes_[static_cast<size_t>(Traffic::kControl)] +=
         static_cast<int64_t>(all[static_cast<size_t>(r)].size());
   }
   return all;

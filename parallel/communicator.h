@@ -10,6 +10,8 @@
 // rank fails, Abort makes the others' calls throw instead of waiting for it.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -78,7 +80,9 @@ class Communicator {
 
   // Bytes this rank has sent since it began, by the ring form of each collective, whatever the
   // transport shares or copies.
-  int64_t wire_bytes(Traffic traffic) const { return wire_bytes_[static_cast<int>(traffic)]; }
+  int64_t wire_bytes(Traffic traffic) const {
+    return wire_bytes_[static_cast<size_t>(traffic)].load(std::memory_order_relaxed);
+  }
 
   // Collectives add their time to `profile` (may be null) from now on.
   void set_profile(KernelProfile* profile) { profile_ = profile; }
@@ -107,7 +111,8 @@ class Communicator {
   double Scalar(double value, ReduceOp op);
   // Counts `bytes` as sent. True if there is anything to move.
   bool Count(int64_t bytes, Traffic traffic, const View& like);
-  int64_t wire_bytes_[2] = {};
+  // One thread may send while another receives.
+  std::array<std::atomic<int64_t>, 2> wire_bytes_ = {};
   KernelProfile* profile_ = nullptr;
   std::optional<MeshAxis> axis_;
 };

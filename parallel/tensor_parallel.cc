@@ -28,9 +28,12 @@ class Region {
   Communicator& group() const { return group_; }
   bool by_tokens() const { return by_tokens_; }
   // A forward over `tokens` rows begins.
-  void Begin(int64_t tokens) { bounds_ = ShardBounds(tokens, group_.size()); }
-  const std::vector<int64_t>& bounds() const { return bounds_; }
+  void Begin(int64_t tokens) {
+    bounds_ = ShardBounds(tokens, group_.size());
+    Forget();
+  }
 
+  void Forget() { last_ = entered_ = Tensor(); }
   // Into split work. Consecutive uses of one value share what comes of it, so that it is gathered
   // once, and its gradient summed once.
   Tensor Enter(const Tensor& x) {
@@ -41,14 +44,9 @@ class Region {
     }
     return entered_;
   }
-  // After the last use: backward frees what it has used.
-  Tensor EnterOnce(const Tensor& x) {
-    Tensor entered = Enter(x);
-    last_ = entered_ = Tensor();
-    return entered;
-  }
   // parts [.., D] of a sum -> the sum [.., D], or this rank's rows of it [M, D].
-  Tensor Leave(const Tensor& parts, DType dtype) const {
+  Tensor Leave(const Tensor& parts, DType dtype) {
+    Forget();
     if (!by_tokens_) return collectives::AllReduce(parts, group_, dtype);
     const Tensor rows = ops::Reshape(parts, {-1, parts.dim(-1)});
     return collectives::ReduceScatter(rows, bounds_, group_, dtype);
@@ -127,7 +125,6 @@ class ShardedEmbedding : public Embedding {
       }
     }
     const Tensor rows = ops::Embedding(p.Use(), here);
-    region_->Begin(ids.numel());
     return region_->Leave(rows, rows.dtype());
   }
 
@@ -141,10 +138,7 @@ class RowsEmbedding : public Embedding {
   RowsEmbedding(const Embedding& whole, std::shared_ptr<Region> region)
       : Embedding(whole.weight()), region_(std::move(region)) {}
 
-  Tensor Forward(const Tensor& ids) override {
-    region_->Begin(ids.numel());
-    return Embedding::Forward(region_->Mine(ids));
-  }
+  Tensor Forward(const Tensor& ids) override { return Embedding::Forward(region_->Mine(ids)); }
 
  private:
   std::shared_ptr<Region> region_;
@@ -176,7 +170,9 @@ class ShardedLmLoss : public LmLoss {
     share.first = weight.offset()[0];
     share.size = weight.global_shape()[0];
     share.merge = [this](double* rows, int64_t n) { Merge(rows, n); };
-    return ops::LinearCrossEntropy(region_->EnterOnce(x), weight.Use(), labels, normalizer, &share);
+    const Tensor entered = region_->Enter(x);
+    region_->Forget();
+    return ops::LinearCrossEntropy(entered, weight.Use(), labels, normalizer, &share);
   }
 
  private:
@@ -321,9 +317,9 @@ std::string DescribeCut(Module& root, const AxisCut& cut, int ranks) {
   return text;
 }
 
-void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group,
-                         bool sequence_parallel) {
-  if (group.size() == 1) return;
+std::function<void(int64_t)> ApplyTensorParallel(Module& root, const AxisCut& cut,
+                                                 Communicator& group, bool sequence_parallel) {
+  if (group.size() == 1) return [](int64_t) {};
   const auto region = std::make_shared<Region>(group, sequence_parallel);
   const auto r = static_cast<size_t>(group.rank());
   const auto range_of = [&](const std::string& axis) {
@@ -397,6 +393,7 @@ void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group,
     }
   });
   for (Change& change : changes) root.Replace(change.path, std::move(change.module));
+  return [region](int64_t tokens) { region->Begin(tokens); };
 }
 
 }  // namespace shoal

@@ -20,6 +20,7 @@
 // differ. A kv head that several ranks need is held by each, and its gradient summed over them.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -49,8 +50,9 @@ AxisCut CutTransformer(int ranks, int64_t heads, int64_t kv_heads, int64_t head_
 std::string DescribeCut(Module& root, const AxisCut& cut, int ranks);
 
 // Cuts the parameters under `root`, which have no memory yet, and replaces modules. `group` must
-// outlive the model.
-void ApplyTensorParallel(Module& root, const AxisCut& cut, Communicator& group,
-                         bool sequence_parallel = false);
+// outlive the model. The result is to be called before each forward, with its number of tokens.
+std::function<void(int64_t)> ApplyTensorParallel(Module& root, const AxisCut& cut,
+                                                 Communicator& group,
+                                                 bool sequence_parallel = false);
 
 }  // namespace shoal

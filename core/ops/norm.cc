@@ -22,14 +22,18 @@ Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   Tensor rstd = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
   kernels::RmsNorm(CurrentStream(), Rows(out).view(), rstd.view(), rows.view(), weight.view(), eps);
-  return Record("rms_norm", out, {x, weight}, {x, weight, rstd}, [](GradContext& context) {
-    const Tensor x = context.Saved(0), weight = context.Saved(1), rstd = context.Saved(2);
-    const auto dx = SinkOrScrap(context, 0, x);
-    const auto dweight = SinkOrScrap(context, 1, weight);
-    kernels::RmsNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
-                             dweight.tensor.view(), dweight.accumulate, Rows(context.grad()).view(),
-                             Rows(x).view(), weight.view(), rstd.view());
-  });
+  return Record("rms_norm", out, {x, weight}, {x, weight, rstd},
+                [](GradContext& context) {
+                  const Tensor x = context.Saved(0), weight = context.Saved(1),
+                               rstd = context.Saved(2);
+                  const auto dx = SinkOrScrap(context, 0, x);
+                  const auto dweight = SinkOrScrap(context, 1, weight);
+                  kernels::RmsNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
+                                           dweight.tensor.view(), dweight.accumulate,
+                                           Rows(context.grad()).view(), Rows(x).view(),
+                                           weight.view(), rstd.view());
+                },
+                {.split = false});
 }
 
 Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
@@ -56,7 +60,8 @@ Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, doub
                                              dweight.tensor.view(), dbias.tensor.view(), accumulate,
                                              Rows(context.grad()).view(), Rows(x).view(),
                                              weight.view(), mean.view(), rstd.view());
-                });
+                },
+                {.split = false});
 }
 
 Tensor Softmax(const Tensor& x) {

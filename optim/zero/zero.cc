@@ -53,7 +53,8 @@ std::vector<View> Values(const std::vector<Parameter*>& parameters) {
 
 ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, Mesh& mesh,
                              const ZeroOptions& options,
-                             const std::function<void(const Parameter&)>& initialise)
+                             const std::function<void(const Parameter&)>& initialise,
+                             const std::function<int(const Parameter&)>& pass_of)
     : options_(options),
       mesh_(mesh),
       shard_(Group(mesh.data(), [n = ShardRanks(options, mesh.data())](int r) { return r / n; })),
@@ -71,7 +72,11 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
   }
   const bool three = options_.stage == 3;
   // Backward reaches the last unit first; what belongs to no unit stands where the model has it.
-  std::vector<std::pair<int, std::vector<std::shared_ptr<Parameter>>>> groups;  // unit or -1
+  struct Group {
+    int unit, pass;  // unit -1: none
+    std::vector<std::shared_ptr<Parameter>> parameters;
+  };
+  std::vector<Group> groups;
   if (three) {
     std::unordered_map<const Parameter*, int> unit_of;
     for (size_t u = 0; u < units.size(); ++u) {
@@ -84,19 +89,26 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
     for (const auto& p : parameters_) {
       const auto found = unit_of.find(p.get());
       const int unit = found == unit_of.end() ? -1 : found->second;
-      if (unit < 0 || groups.empty() || groups.back().first != unit)
-        groups.emplace_back(unit, std::vector<std::shared_ptr<Parameter>>{});
-      groups.back().second.push_back(p);
+      if (unit < 0 || groups.empty() || groups.back().unit != unit)
+        groups.push_back({unit, pass_of(*p), {}});
+      groups.back().parameters.push_back(p);
     }
     units_.resize(units.size());
   } else {
-    groups.emplace_back(-1, parameters_);
+    for (const auto& p : parameters_) {
+      const int pass = pass_of(*p);
+      auto group = std::find_if(groups.begin(), groups.end(),
+                                [&](const Group& g) { return g.pass == pass; });
+      if (group == groups.end()) group = groups.insert(group, {-1, pass, {}});
+      group->parameters.push_back(p);
+    }
   }
   std::reverse(groups.begin(), groups.end());
-  for (const auto& [unit, parameters] : groups) {
-    const std::vector<size_t> made = CutBuckets(parameters, three);
+  for (const Group& group : groups) {
+    const std::vector<size_t> made = CutBuckets(group.parameters, group.pass, three);
     if (!three) continue;
-    Unit& u = unit < 0 ? units_.emplace_back() : units_[static_cast<size_t>(unit)];
+    Unit& u = group.unit < 0 ? units_.emplace_back() : units_[static_cast<size_t>(group.unit)];
+    u.pass = group.pass;
     for (const size_t b : made) u.buckets.push_back(&buckets_[b]);
   }
   for (Bucket& bucket : buckets_) {
@@ -127,12 +139,14 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
   if (three) HookUnits(units);
 }
 
-ZeroOptimizer::~ZeroOptimizer() = default;
+ZeroOptimizer::~ZeroOptimizer() {
+  for (const auto& p : parameters_) p->value().storage().set_restore(nullptr);
+}
 
 // From the last parameter to the first; `whole`: as few as possible. Trainable and frozen ones keep
 // apart. Returns the indices of the new buckets.
 std::vector<size_t> ZeroOptimizer::CutBuckets(
-    const std::vector<std::shared_ptr<Parameter>>& parameters, bool whole) {
+    const std::vector<std::shared_ptr<Parameter>>& parameters, int pass, bool whole) {
   std::vector<size_t> made;
   for (const bool trainable : {true, false}) {
     int64_t bytes = 0;
@@ -143,6 +157,8 @@ std::vector<size_t> ZeroOptimizer::CutBuckets(
       if (!open || (!whole && bytes >= options_.bucket_bytes)) {
         made.push_back(buckets_.size());
         buckets_.emplace_back().trainable = trainable;
+        buckets_.back().pass = pass;
+        if (trainable) passes_[pass].buckets.push_back(&buckets_.back());
         open = true;
         bytes = 0;
       }
@@ -208,23 +224,21 @@ int ZeroOptimizer::Awaited(const Bucket& bucket) {
 void ZeroOptimizer::HookGradients(Bucket& bucket) {
   const GradEvent event = options_.stage >= 2 ? GradEvent::kShareAdded : GradEvent::kFinal;
   bucket.waiting = Awaited(bucket);
+  if (bucket.pass == kLate) return;
   for (Parameter* p : bucket.parameters) {
     if (p->shape().numel() == 0) continue;
     p->leaf().hooks.push_back([this, &bucket, event](GradEvent e) {
       if (e != event) return;
       --bucket.waiting;
-      ReduceReady();
+      ReduceReady(bucket.pass);
     });
   }
 }
 
-void ZeroOptimizer::ReduceReady() {
-  for (; next_ < buckets_.size(); ++next_) {
-    Bucket& bucket = buckets_[next_];
-    if (!bucket.trainable) continue;
-    if (bucket.waiting > 0) return;
-    Reduce(bucket);
-  }
+void ZeroOptimizer::ReduceReady(int pass) {
+  Order& order = passes_[pass];
+  for (; order.next < order.buckets.size() && order.buckets[order.next]->waiting <= 0; ++order.next)
+    Reduce(*order.buckets[order.next]);
 }
 
 void ZeroOptimizer::Reduce(Bucket& bucket) {
@@ -271,17 +285,21 @@ void ZeroOptimizer::Retire(Bucket& bucket) {
   for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
 }
 
-void ZeroOptimizer::FinishMicroBatch(bool last) {
+void ZeroOptimizer::FinishPass(int pass, bool last) {
   if (last || options_.stage >= 2) {
-    for (; next_ < buckets_.size(); ++next_) {
-      if (buckets_[next_].trainable) Reduce(buckets_[next_]);
-    }
+    Order& order = passes_[pass];
+    for (; order.next < order.buckets.size(); ++order.next) Reduce(*order.buckets[order.next]);
     for (; !in_flight_.empty(); in_flight_.pop_front()) Retire(*in_flight_.front());
-    next_ = 0;
-    for (Bucket& bucket : buckets_) bucket.waiting = Awaited(bucket);
-    if (last && options_.stage >= 2) SumOverReplicas();
+    order.next = 0;
+    for (Bucket* bucket : order.buckets) bucket->waiting = Awaited(*bucket);
   }
-  for (Unit& unit : units_) Release(unit);
+  for (Unit& unit : units_)
+    if (unit.pass == pass || unit.pass == kLate) Release(unit);
+}
+
+void ZeroOptimizer::FinishStep() {
+  if (passes_.count(kLate) > 0) FinishPass(kLate, true);
+  if (options_.stage >= 2) SumOverReplicas();
 }
 
 void ZeroOptimizer::SumOverReplicas() {
@@ -322,8 +340,9 @@ double ZeroOptimizer::GradNorm() {
   const View view = squares.view();
   if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
   shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
-  mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
-  return std::sqrt(Total(squares));
+  mesh_.axis(MeshAxis::kTp).AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  // Stages have parameters of their own.
+  return std::sqrt(mesh_.axis(MeshAxis::kPp).Sum(Total(squares)));
 }
 
 void ZeroOptimizer::Step(double lr, double gradient_scale) {
@@ -398,24 +417,30 @@ void ZeroOptimizer::HookUnits(const std::vector<Module*>& modules) {
     hooks.pre_forward.push_back([this, i](Module&) {
       ReleaseAlone();
       Ensure(units_[i]);
-      if (i + 1 < modules_) Request(units_[i + 1]);
+      if (!Last(i)) Request(units_[i + 1]);
     });
     hooks.post_forward.push_back([this, i](Module&) {
       // Backward begins with the last.
-      if (i + 1 < modules_ || !GradEnabled()) Release(units_[i]);
+      if (!Last(i) || !GradEnabled()) Release(units_[i]);
     });
     hooks.pre_backward.push_back([this, i](Module&) {
       ReleaseAlone();
       Ensure(units_[i]);
-      if (i > 0) Request(units_[i - 1]);
+      if (i > 0 && !Last(i - 1)) Request(units_[i - 1]);
     });
     hooks.post_backward.push_back([this, i](Module&) { Release(units_[i]); });
   }
-  for (size_t u = modules_; u < units_.size(); ++u) {
-    for (const Bucket* bucket : units_[u].buckets) {
-      for (Parameter* p : bucket->parameters) p->set_use_hook([this, u] { Ensure(units_[u]); });
+  // Whoever looks at a parameter that nobody has announced waits for it here.
+  for (Unit& unit : units_) {
+    for (const Bucket* bucket : unit.buckets) {
+      for (Parameter* p : bucket->parameters)
+        p->value().storage().set_restore([this, &unit] { Ensure(unit); });
     }
   }
+}
+
+bool ZeroOptimizer::Last(size_t unit) const {
+  return unit + 1 == modules_ || units_[unit + 1].pass != units_[unit].pass;
 }
 
 void ZeroOptimizer::Request(Unit& unit) {

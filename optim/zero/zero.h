@@ -19,6 +19,7 @@
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -46,16 +47,23 @@ class ZeroOptimizer {
   // Gives the parameters of `model` memory and their values: `initialise` fills one that is whole
   // at the time. `units` are what stage 3 gathers together, in the order of forward; a parameter
   // outside them is a unit of its own. Hooks what it is given, which must outlive it.
-  ZeroOptimizer(Module& model, const std::vector<Module*>& units, Mesh& mesh,
-                const ZeroOptions& options,
-                const std::function<void(const Parameter&)>& initialise);
+  // `pass_of`: in which backward pass over a micro-batch a parameter's gradient comes, from 0;
+  // those of a unit agree. kLate: its share is complete only after all passes of a step.
+  static constexpr int kLate = -1;
+  ZeroOptimizer(
+      Module& model, const std::vector<Module*>& units, Mesh& mesh, const ZeroOptions& options,
+      const std::function<void(const Parameter&)>& initialise,
+      const std::function<int(const Parameter&)>& pass_of = [](const Parameter&) { return 0; });
   ~ZeroOptimizer();
   ZeroOptimizer(const ZeroOptimizer&) = delete;
   ZeroOptimizer& operator=(const ZeroOptimizer&) = delete;
 
-  // After each micro-batch's backward. Exchanges what no hook has: a parameter that was not used
-  // has a gradient of zero, and every rank takes part in every collective.
-  void FinishMicroBatch(bool last);
+  // After each backward pass over a micro-batch, `last`: of this step. Exchanges what no hook has:
+  // a parameter that was not used has a gradient of zero, and every rank takes part in every
+  // collective.
+  void FinishPass(int pass, bool last);
+  // After all passes.
+  void FinishStep();
   // Of the gradient over all ranks, in f64, summed in a fixed order. After the last micro-batch.
   double GradNorm();
   // Consumes the gradients.
@@ -100,6 +108,7 @@ class ZeroOptimizer {
   struct Bucket {
     std::vector<Parameter*> parameters;
     bool trainable = true;
+    int pass = 0;
     int64_t elements = 0, share = 0;
     std::vector<Slice> slices;   // this rank's
     Tensor values;               // [share], stage 3
@@ -112,12 +121,13 @@ class ZeroOptimizer {
   // What stage 3 gathers together.
   struct Unit {
     std::vector<Bucket*> buckets;
+    int pass = 0;
     bool requested = false;
     CommQueue::Ticket ticket = 0;
   };
 
   std::vector<size_t> CutBuckets(const std::vector<std::shared_ptr<Parameter>>& parameters,
-                                 bool whole);
+                                 int pass, bool whole);
   void CutShare(Bucket& bucket) const;
   static int Awaited(const Bucket& bucket);
   static std::vector<Slice> Owned(const Bucket& bucket);
@@ -128,12 +138,13 @@ class ZeroOptimizer {
   View Value(const Bucket& bucket, const Slice& slice) const;
   View Gradient(const Bucket& bucket, const Slice& slice) const;
 
-  void ReduceReady();
+  void ReduceReady(int pass);
   void Reduce(Bucket& bucket);
   void SumOverReplicas();
   void Retire(Bucket& bucket);
   CommQueue::Ticket Gather(const Bucket& bucket);
 
+  bool Last(size_t unit) const;  // of its pass' modules
   void Request(Unit& unit);
   void Ensure(Unit& unit);
   void Release(Unit& unit);
@@ -146,8 +157,13 @@ class ZeroOptimizer {
   std::unique_ptr<UpdateRule> rule_;
   std::unique_ptr<StateFile> file_;  // null: states are in memory
   std::vector<std::shared_ptr<Parameter>> parameters_;
-  std::deque<Bucket> buckets_;  // in the order in which backward completes them
-  size_t next_ = 0;             // the bucket to be reduced next, the same on every rank
+  std::deque<Bucket> buckets_;  // in the order in which backward completes them, within a pass
+  // By pass: its trainable buckets, and which is to be reduced next, the same on every rank.
+  struct Order {
+    std::vector<Bucket*> buckets;
+    size_t next = 0;
+  };
+  std::map<int, Order> passes_;
   std::deque<Bucket*> in_flight_;
   std::deque<Unit> units_;  // the modules', then those of single parameters
   size_t modules_ = 0;

@@ -61,30 +61,35 @@ TEST(Autograd, DeepGraphsNeitherRunNorDieByRecursion) {
 // The halves of a split backward together are the whole, and the first half leaves weights alone.
 TEST(Autograd, SplitBackwardEqualsWhole) {
   const auto build = [](const std::vector<Variable>& v) {
-    const Tensor h =
-        ops::Linear(ops::RmsNorm(v[0].Use(), v[1].Use(), 1e-5), v[2].Use(), v[3].Use());
+    const Tensor ids = Tensor::From(std::vector<int32_t>{1, 0, 1}, {3});
+    const Tensor x = ops::Add(v[0].Use(), ops::Embedding(v[4].Use(), ids));
+    const Tensor h = ops::Linear(ops::RmsNorm(x, v[1].Use(), 1e-5), v[2].Use(), v[3].Use());
     return ops::Linear(ops::SwiGlu(h, ops::Scale(h, 0.5)), v[2].Use());
   };
   const auto variables = [] {
     return std::vector<Variable>{Variable(RandomTensor({3, 4}, 1)), Variable(RandomTensor({4}, 2)),
-                                 Variable(RandomTensor({4, 4}, 3)), Variable(RandomTensor({4}, 4))};
+                                 Variable(RandomTensor({4, 4}, 3)), Variable(RandomTensor({4}, 4)),
+                                 Variable(RandomTensor({2, 4}, 5))};
   };
   const Tensor weights = RandomTensor({3, 4}, 9);
   const std::vector<Variable> whole = variables(), split = variables();
   Backward(build(whole), weights);
 
   // v[0] enters as an activation: its gradient belongs to the first half.
+  split[0].leaf->weight = false;
   DeferredGradients deferred;
   int fired = 0;
-  split[2].leaf->hooks.push_back([&](GradEvent) { ++fired; });
+  // Of a gain, whose gradient comes with that of its input, too.
+  for (const size_t i : {1, 2}) split[i].leaf->hooks.push_back([&](GradEvent) { ++fired; });
   BackwardOptions options;
   options.deferred = &deferred;
   Backward(build(split), weights, options);
+  EXPECT_EQ(split[0].leaf->grad.ToVector(), whole[0].leaf->grad.ToVector());
   EXPECT_FALSE(split[2].leaf->grad.defined());
   EXPECT_EQ(fired, 0);
   EXPECT_FALSE(deferred.empty());
   deferred.Run();
-  EXPECT_EQ(fired, 2);  // a share, and final
+  EXPECT_EQ(fired, 4);  // a share, and final
   for (size_t i = 0; i < whole.size(); ++i) {
     EXPECT_EQ(whole[i].leaf->grad.ToVector(), split[i].leaf->grad.ToVector()) << i;
   }

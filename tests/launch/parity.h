@@ -2,6 +2,8 @@
 // and micro-batches computes must be what one rank does with the whole batch.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -25,10 +27,13 @@ struct Recipe {
   int steps = kSteps;
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
   double dropout = 0;
+  int layers = 2;
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
   int shard_ranks = 0;
   std::string offload_dir = {};
+  int pp = 1, virtual_stages = 1;
+  std::string schedule = "1f1b";
 };
 
 // Everything that must agree.
@@ -41,7 +46,7 @@ struct Outcome {
 inline ModelConfig Model(const Recipe& recipe) {
   const std::string& name = recipe.model;
   ModelConfig c;
-  c.layers = 2;
+  c.layers = recipe.layers;
   c.d_model = 24;
   c.heads = 6;
   c.kv_heads = 6;
@@ -96,7 +101,10 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.rule.momentum = 0.9;
   options.clip = 1;
   options.seed = 5;
-  options.mesh = {.dp = 0, .tp = recipe.tp};
+  options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp};
+  options.virtual_stages = recipe.virtual_stages;
+  options.schedule = recipe.schedule;
+  options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
   options.shard_ranks = recipe.shard_ranks;
@@ -128,9 +136,9 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
     outcome.norms.push_back(result.grad_norm);
   }
   step.optimizer().GatherParameters();
-  for (const auto& p : step.model().Parameters()) {
-    outcome.names.push_back(p->name());
-    outcome.parameters.push_back(step.Whole(*p));
+  for (const auto& p : step.parameters()) {
+    outcome.names.push_back(p.name);
+    outcome.parameters.push_back(step.Whole(p));
   }
   return outcome;
 }
@@ -145,6 +153,8 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   recipe.tp = 1;
   recipe.zero_stage = recipe.shard_ranks = 0;
   recipe.sequence_parallel = false;
+  recipe.pp = recipe.virtual_stages = 1;
+  recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
   return Train(recipe, *MakeSelfCommunicator(), 1, order);
 }
@@ -170,5 +180,17 @@ inline double ParameterDifference(const std::vector<double>& a, const std::vecto
 
 // GPT-2's key bias has no gradient but rounding, so AdamW moves it by noise: it is not compared.
 inline bool IsNoise(const std::string& name) { return name.ends_with("attention.k.bias"); }
+
+inline void Compare(const Recipe& recipe, const Outcome& one, const Outcome& many, double scalar,
+                    double parameter) {
+  EXPECT_LT(Difference(one.losses, many.losses), scalar) << "losses";
+  EXPECT_LT(Difference(one.norms, many.norms), scalar) << "gradient norms";
+  ASSERT_EQ(one.names, many.names);
+  for (size_t i = 0; i < one.names.size(); ++i) {
+    if (IsNoise(one.names[i])) continue;
+    EXPECT_LT(ParameterDifference(one.parameters[i], many.parameters[i], recipe.lr), parameter)
+        << one.names[i];
+  }
+}
 
 }  // namespace shoal::testing

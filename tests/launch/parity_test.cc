@@ -10,18 +10,6 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-void Compare(const Recipe& recipe, const Outcome& one, const Outcome& many, double scalar,
-             double parameter) {
-  EXPECT_LT(Difference(one.losses, many.losses), scalar) << "losses";
-  EXPECT_LT(Difference(one.norms, many.norms), scalar) << "gradient norms";
-  ASSERT_EQ(one.names, many.names);
-  for (size_t i = 0; i < one.names.size(); ++i) {
-    if (IsNoise(one.names[i])) continue;
-    EXPECT_LT(ParameterDifference(one.parameters[i], many.parameters[i], recipe.lr), parameter)
-        << one.names[i];
-  }
-}
-
 class ParityLayouts : public ::testing::TestWithParam<std::tuple<std::string, int, int>> {};
 
 TEST_P(ParityLayouts, Fp64) {

@@ -49,7 +49,7 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
     }
     step.optimizer().GatherParameters();
     std::vector<std::vector<double>> here;
-    for (const auto& p : step.model().Parameters()) here.push_back(step.Whole(*p));
+    for (const auto& p : step.parameters()) here.push_back(step.Whole(p));
     if (c.rank() == 0) parameters = std::move(here);
   });
   return parameters;

@@ -239,7 +239,8 @@ TEST(Zero, FrozenParameters) {
       for (int s = 0; s < 3; ++s) {
         const Tensor hidden = model->Hidden(tokens, info);
         Backward(model->Loss(hidden, Tensor::From(batch.labels, {2, 5}), 30));
-        optimizer.FinishMicroBatch(true);
+        optimizer.FinishPass(0, true);
+        optimizer.FinishStep();
         optimizer.Step(1e-2, 1);
       }
       optimizer.GatherParameters();
