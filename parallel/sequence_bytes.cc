@@ -93,6 +93,7 @@ int64_t WidthOf(const SequenceSchedule& schedule, SequenceTag tag, const Sequenc
 
 int64_t RowElements(const SequenceSchedule& schedule, const SequenceAction& message,
                     SequenceTag tag, int64_t head_dim) {
+  if (message.head_begin == message.head_end) return 0;
   switch (tag) {
     case SequenceTag::kLse:
     case SequenceTag::kDelta:
