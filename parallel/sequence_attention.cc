@@ -23,7 +23,17 @@ bool Same(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 SequenceGroup::SequenceGroup(const SequenceOptions& options, Communicator& cp)
-    : options_(options), cp_(cp), wire_(cp) {}
+    : options_(options), cp_(cp), wire_(cp) {
+  const auto ulysses = [](std::optional<SequenceKind> kind) {
+    return kind == SequenceKind::kUlysses;
+  };
+  if (options.backward &&
+      (!options.schedule || ulysses(options.schedule) != ulysses(options.backward)))
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+               "a backward by {} needs a forward schedule that keeps what it takes: set both to "
+               "ulysses, or both to others",
+               Name(*options.backward));
+}
 
 void SequenceGroup::Learn(const Tensor& q, const SequenceInfo& info) {
   if (info.positions.defined() && Same(positions_, info.positions) &&
@@ -76,7 +86,8 @@ std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& 
   const auto heads = static_cast<int>(q.dim(2)), kv_heads = static_cast<int>(k.dim(2));
   SequenceChoice choice = {SequenceKind::kTokenRing, SequenceKind::kTokenRing, "as asked for"};
   if (options_.schedule)
-    choice.forward = choice.backward = *options_.schedule;
+    choice.forward = *options_.schedule,
+    choice.backward = options_.backward.value_or(choice.forward);
   else
     choice = ChooseSequence(
         layout, mask, heads, kv_heads,

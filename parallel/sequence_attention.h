@@ -22,10 +22,13 @@ namespace shoal {
 
 struct SequenceOptions {
   std::optional<SequenceKind> schedule;  // none: for each pass what takes least time on `machine`
+  std::optional<SequenceKind> backward;  // none: as `schedule`; ulysses goes with itself only
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   bool causal = true;
-  int64_t window = 0;         // > 0: a query sees that many keys, its own included
-  bool wide_results = false;  // partial results of bf16 travel in f32 (twice the bytes)
+  int64_t window = 0;  // > 0: a query sees that many keys, its own included
+  // Partial results of bf16 travel in f32. If not, in bf16: half the bytes, and each part's
+  // rounding adds to that of the whole, which is 1.2 times the error of O at 8 ranks.
+  bool wide_results = true;
   // Of a whole sequence. 0: the ranks tell each other with each new batch, which the meta device
   // cannot.
   int64_t tokens = 0;

@@ -251,9 +251,10 @@ std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
         const SequenceAction& a = schedule.actions[r][done[r]];
         const auto peer = static_cast<size_t>(std::max(a.peer, 0));
         if (a.op == SequenceOp::kSend) {
-          if (strict)
+          if (strict) {
+            if (sends[r].size() >= kSequenceSendsInFlight) break;
             sends[r].push_back(a.peer);
-          else
+          } else
             waiting[r * ranks + peer].push_back(a.peer);
         } else if (a.op == SequenceOp::kReceive) {
           auto& queue = strict ? sends[peer] : waiting[peer * ranks + r];

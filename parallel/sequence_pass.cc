@@ -65,6 +65,7 @@ Tensor SequencePassBase::Buffer(const SequenceAction& a) const {
 }
 
 void SequencePassBase::Send(const SequenceAction& a) {
+  wire_.WaitForRoom();
   // Rows that go to several ranks are packed once.
   const bool given =
       a.payload == SequencePayload::kQuery || a.payload == SequencePayload::kKeyValue;

@@ -26,7 +26,7 @@ struct SequenceArrays {
 
 struct SequencePassOptions {
   double scale = 1;
-  bool wide_results = false;  // O on its way to its owner is as wide as sums
+  bool wide_results = true;  // O on its way to its owner is as wide as sums
 };
 
 // The widths of that pass, to count its bytes by.

@@ -108,11 +108,11 @@ class Maker {
   void Gathered() {
     const bool back = s_.pass == SequencePass::kBackward;
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
-      for (int step = 1; step < ranks_; ++step)
+      for (int step = 1; step < ranks_; ++step) {
         Send(Out(false), Mod(rank_ - step), rank_, Needed(false, rank_, Mod(rank_ - step)));
-      for (int step = 1; step < ranks_; ++step)
         Receive(Out(false), Mod(rank_ + step), Mod(rank_ + step),
                 Needed(false, Mod(rank_ + step), rank_));
+      }
       Self(kWhole);
       for (int step = 1; step < ranks_; ++step)
         Tiles(false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));

@@ -74,7 +74,7 @@ enum class SequencePayload {
 const char* Name(SequencePayload payload);
 
 enum class SequenceOp {
-  kSend,     // never waits
+  kSend,     // waits only where too many are in flight
   kReceive,  // waits for the message
   kTile,
   kMerge,  // what was received last into what is held here of its owner's result or gradients
@@ -159,10 +159,15 @@ struct SequenceTraffic {
 };
 SequenceTraffic CountTraffic(const SequenceSchedule& schedule, const SequenceWidths& widths);
 
+// How many messages of a rank may be on their way, so that one that is ahead of its receivers does
+// not hold ever more of them.
+constexpr size_t kSequenceSendsInFlight = 6;
+
 // Calls visit(rank, i) for every actions[rank][i]: a rank's in their order, and a receive after its
 // message was sent. `strict`: as if a rank's sends were done one after the other, each when its
-// receiver comes to it; what comes to an end so does so with any buffers. Returns how many actions
-// each rank came to do: not all if ranks wait for each other.
+// receiver comes to it, and the rank waited where it has that many in flight; what comes to an end
+// so does so with any buffers. Returns how many actions each rank came to do: not all if ranks wait
+// for each other.
 std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
                                  const std::function<void(int, size_t)>& visit);
 

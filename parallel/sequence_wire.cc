@@ -3,6 +3,8 @@
 #include <numeric>
 #include <vector>
 
+#include "parallel/sequence_schedule.h"
+
 namespace shoal {
 
 SequenceWire::SequenceWire(Communicator& ranks) {
@@ -18,8 +20,12 @@ SequenceWire::SequenceWire(Communicator& ranks) {
   receives_ = std::make_unique<CommQueue>(ranks);
 }
 
+void SequenceWire::WaitForRoom() {
+  if (last_send_ >= kSequenceSendsInFlight) sends_->Wait(last_send_ - kSequenceSendsInFlight + 1);
+}
+
 void SequenceWire::Send(const Tensor& buffer, int to) {
-  sends_->Post([group = group_, buffer, to] { group->Send(buffer.view(), to); });
+  last_send_ = sends_->Post([group = group_, buffer, to] { group->Send(buffer.view(), to); });
 }
 
 CommQueue::Ticket SequenceWire::Receive(const Tensor& buffer, int from) {

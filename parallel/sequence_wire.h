@@ -15,7 +15,10 @@ class SequenceWire {
   // Collective: all ranks of `ranks`, which must outlive it.
   explicit SequenceWire(Communicator& ranks);
 
-  // `buffer` must stay as it is until then: it is kept alive as long.
+  // Waits until fewer than kSequenceSendsInFlight messages are on their way. Before the next one
+  // takes memory.
+  void WaitForRoom();
+  // `buffer` must stay as it is until it is sent: it is kept alive as long.
   void Send(const Tensor& buffer, int to);
   CommQueue::Ticket Receive(const Tensor& buffer, int from);
   void WaitFor(CommQueue::Ticket received) { receives_->Wait(received); }
@@ -29,6 +32,7 @@ class SequenceWire {
  private:
   std::shared_ptr<Communicator> group_;  // of the same ranks, used by these two threads alone
   std::unique_ptr<CommQueue> sends_, receives_;
+  CommQueue::Ticket last_send_ = 0;
 };
 
 }  // namespace shoal

@@ -106,8 +106,8 @@ TEST(SequenceLayouts, MasksOfTilesAreThoseOfTheWhole) {
 class Schedules : public ::testing::TestWithParam<Kind> {};
 
 TEST_P(Schedules, AreWholeAndComeToAnEnd) {
-  for (int ranks : {1, 2, 3, 4, 5, 8})
-    for (int64_t tokens : {1, 2, 7, 16, 33})
+  for (int ranks : {1, 2, 3, 4, 5, 8, 17})
+    for (int64_t tokens : {1, 2, 7, 16, 33, 68})
       for (Layout layout : kLayouts)
         for (const SequenceMask& mask : Masks(tokens))
           for (SequencePass pass : kPasses) {
