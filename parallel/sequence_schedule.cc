@@ -1,7 +1,6 @@
 #include "parallel/sequence_schedule.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "core/base/error.h"
 #include "parallel/communicator.h"
@@ -105,23 +104,33 @@ class Maker {
   }
 
   // Everything is there before anything is computed.
-  void Gathered() {
+  void Gathered(int ahead) {
     const bool back = s_.pass == SequencePass::kBackward;
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
-      for (int step = 1; step < ranks_; ++step) {
-        Send(Out(false), Mod(rank_ - step), rank_, Needed(false, rank_, Mod(rank_ - step)));
-        Receive(Out(false), Mod(rank_ + step), Mod(rank_ + step),
-                Needed(false, Mod(rank_ + step), rank_));
-      }
+      Exchange(
+          ahead,
+          [&](int step) {
+            const int to = Mod(rank_ - step);
+            Send(Out(false), to, rank_, Needed(false, rank_, to));
+          },
+          [&](int step) {
+            const int from = Mod(rank_ + step);
+            Receive(Out(false), from, from, Needed(false, from, rank_));
+          });
       Self(kWhole);
       for (int step = 1; step < ranks_; ++step)
         Tiles(false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));
-      for (int step = 1; step < ranks_ && back; ++step) {
-        Send(Back(false), Mod(rank_ + step), Mod(rank_ + step),
-             Needed(false, Mod(rank_ + step), rank_));
-        ReceiveAndMerge(Back(false), Mod(rank_ - step), rank_,
-                        Needed(false, rank_, Mod(rank_ - step)));
-      }
+      if (!back) continue;
+      Exchange(
+          ahead,
+          [&](int step) {
+            const int owner = Mod(rank_ + step);
+            Send(Back(false), owner, owner, Needed(false, owner, rank_));
+          },
+          [&](int step) {
+            const int from = Mod(rank_ - step);
+            ReceiveAndMerge(Back(false), from, rank_, Needed(false, rank_, from));
+          });
     }
   }
 
@@ -188,39 +197,49 @@ class Maker {
   }
 
   // Rank r works on the r-th share of the query heads.
-  void Heads() {
+  void Heads(int ahead) {
     const auto begin = [&](int rank) {
       return static_cast<int>(ShardBegin(s_.heads, rank, ranks_));
     };
-    const auto exchange = [&](SequencePayload payload, bool to_workers) {
-      for (int step = 1; step < ranks_; ++step) {
-        const int to = Mod(rank_ - step), from = Mod(rank_ + step);
-        // Of the worker's heads, the owner's rows.
-        const auto message = [&](SequenceOp op, int peer, int owner, int worker) {
-          Message({.op = op,
-                   .payload = payload,
-                   .peer = peer,
-                   .owner = owner,
-                   .rows = All(owner),
-                   .head_begin = begin(worker),
-                   .head_end = begin(worker + 1)});
-        };
-        message(SequenceOp::kSend, to, to_workers ? rank_ : to, to_workers ? to : rank_);
-        message(SequenceOp::kReceive, from, to_workers ? from : rank_, to_workers ? rank_ : from);
-      }
+    // Of the worker's heads, the owner's rows.
+    const auto message = [&](SequenceOp op, SequencePayload payload, int peer, int owner,
+                             int worker) {
+      Message({.op = op,
+               .payload = payload,
+               .peer = peer,
+               .owner = owner,
+               .rows = All(owner),
+               .head_begin = begin(worker),
+               .head_end = begin(worker + 1)});
     };
+    constexpr auto kOut = SequencePayload::kHeads, kBack = SequencePayload::kHeadsResult;
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
-      exchange(SequencePayload::kHeads, true);
+      const auto to = [&](int step) { return Mod(rank_ - step); };
+      const auto from = [&](int step) { return Mod(rank_ + step); };
+      Exchange(
+          ahead, [&](int i) { message(SequenceOp::kSend, kOut, to(i), rank_, to(i)); },
+          [&](int i) { message(SequenceOp::kReceive, kOut, from(i), from(i), rank_); });
       Add({.op = SequenceOp::kTile,
            .owner = SequenceAction::kEverybody,
            .key_owner = SequenceAction::kEverybody,
            .head_begin = begin(rank_),
            .head_end = begin(rank_ + 1)});
-      exchange(SequencePayload::kHeadsResult, false);
+      Exchange(
+          ahead, [&](int i) { message(SequenceOp::kSend, kBack, to(i), to(i), rank_); },
+          [&](int i) { message(SequenceOp::kReceive, kBack, from(i), rank_, from(i)); });
     }
   }
 
  private:
+  // give(step) `ahead` steps before take(step).
+  template <class Give, class Take>
+  void Exchange(int ahead, Give give, Take take) {
+    for (int step = 1; step < ranks_ + ahead; ++step) {
+      if (step < ranks_) give(step);
+      if (step > ahead) take(step - ahead);
+    }
+  }
+
   enum Half { kWhole, kFirstHalf, kSecondHalf };
 
   int Mod(int rank) const { return ((rank % ranks_) + ranks_) % ranks_; }
@@ -304,29 +323,27 @@ class Maker {
     return {MakeFlow(queries, up < down ? 1 : -1, all)};
   }
 
-  // A range goes where it has less far; where that is equal, a part each way that makes both
-  // directions equally busy.
+  // A range goes where it has less far; where that is equal, a part each way, so that as many rows
+  // of an owner set out in both: the first step is the longest.
   std::vector<Flow> BothWays(bool queries) const {
-    std::vector<Rows> up(static_cast<size_t>(ranks_)), down = up, either = up;
-    int64_t up_hops = 0, down_hops = 0, either_hops = 0;
-    for (int owner = 0; owner < ranks_; ++owner)
+    std::vector<Rows> up(static_cast<size_t>(ranks_)), down = up;
+    for (int owner = 0; owner < ranks_; ++owner) {
+      const auto o = static_cast<size_t>(owner);
+      Rows either;
       for (const SequenceRows& range : All(owner)) {
-        const auto o = static_cast<size_t>(owner);
         const int64_t u = Hops(queries, owner, 1, {range}), d = Hops(queries, owner, -1, {range});
-        (u < d ? up : d < u ? down : either)[o].push_back(range);
-        (u < d ? up_hops : d < u ? down_hops : either_hops) += std::min(u, d);
+        if (u == 0 && d == 0) continue;
+        (u < d ? up[o] : d < u ? down[o] : either).push_back(range);
       }
-    const double part = either_hops == 0
-                            ? 0
-                            : std::clamp(static_cast<double>(either_hops + up_hops - down_hops) /
-                                             (2 * static_cast<double>(either_hops)),
-                                         0.0, 1.0);
-    for (size_t o = 0; o < either.size(); ++o)
-      for (const SequenceRows& range : either[o]) {
-        const int64_t n = std::llround(part * static_cast<double>(range.count));
+      const int64_t free = Count(either);
+      int64_t left = std::clamp<int64_t>((free + Count(up[o]) - Count(down[o])) / 2, 0, free);
+      for (const SequenceRows& range : either) {  // `left` of them go down
+        const int64_t n = std::min(left, range.count);
+        left -= n;
         if (n > 0) down[o].push_back({range.range, range.first, n});
         if (n < range.count) up[o].push_back({range.range, range.first + n, range.count - n});
       }
+    }
     return {MakeFlow(queries, -1, down), MakeFlow(queries, 1, up)};
   }
 
@@ -427,10 +444,10 @@ SequenceSchedule MakeSequenceSchedule(SequenceKind kind, SequencePass pass,
       maker.Direct(false, ahead);
       break;
     case SequenceKind::kAllGather:
-      maker.Gathered();
+      maker.Gathered(ahead);
       break;
     case SequenceKind::kUlysses:
-      maker.Heads();
+      maker.Heads(ahead);
       break;
   }
   return schedule;

@@ -61,10 +61,11 @@ class Simulator {
   }
 
  private:
+  static constexpr int kSwitch = -1;
   struct Event {
     double time;
-    int64_t number;  // in the order in which they were made, where times are equal
-    int from, to, at;
+    int64_t number;    // in the order in which they were made, where times are equal
+    int from, to, at;  // at: the rank where the message is, or kSwitch
     double bytes;
     bool operator>(const Event& o) const {
       return time != o.time ? time > o.time : number > o.number;
@@ -114,9 +115,14 @@ class Simulator {
         e.at = e.to;
         break;
       case SequenceFabric::kPort:
-        e.time =
-            pass(p + static_cast<size_t>(e.to), pass(static_cast<size_t>(e.from), e.time)) + time;
-        e.at = e.to;
+        // The way in is asked for when the way out begins.
+        if (e.at == e.from) {
+          e.time = pass(static_cast<size_t>(e.from), e.time);
+          e.at = kSwitch;
+        } else {
+          e.time = pass(p + static_cast<size_t>(e.to), e.time) + time;
+          e.at = e.to;
+        }
         break;
       case SequenceFabric::kRing: {
         const int up = (e.to - e.at + ranks_) % ranks_;
@@ -162,34 +168,40 @@ double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths&
   const auto rows = static_cast<double>(schedule.layout.Rows(0));
   const double element = static_cast<double>(widths.batch * schedule.heads * widths.head_dim);
   const double c = 2 * Products(schedule.pass) * rows * rows * element / machine.flops;
+  const bool forward = schedule.pass == SequencePass::kForward;
+  const bool mesh = machine.fabric == SequenceFabric::kMesh;
+  const bool at_once = mesh && p <= 4, one_by_one = machine.fabric == SequenceFabric::kPort;
   const auto message = [&](double bytes) { return machine.latency + bytes / machine.bandwidth; };
-  const auto e = static_cast<double>(widths.element);
+  const auto e = static_cast<double>(widths.element), f = static_cast<double>(widths.sum);
   const double q = rows * element, kv = 2 * q * schedule.kv_heads / schedule.heads;
-  if (schedule.pass != SequencePass::kForward || p < 2) return -1;
+  const double l = q / static_cast<double>(widths.head_dim);
+  const double m_q = message(forward ? q * e : 2 * q * e + 2 * l * f);
+  const double m_o = message(forward ? q * static_cast<double>(widths.partial) + l * f : q * f);
+  const double messages = one_by_one ? p - 1 : 1;
+  if (p < 2) return -1;
   switch (schedule.kind) {
     case SequenceKind::kKvRingOneWay:
-      return c + (p - 1) * std::max(c, message(kv * e));
+      return forward ? c + (p - 1) * std::max(c, message(kv * e)) : -1;
     case SequenceKind::kKvRing:
-      if (machine.fabric == SequenceFabric::kPort) return -1;
-      return c + (p - 1) * std::max(c, message(kv * e / 2));
-    case SequenceKind::kTokenRingRelay: {
-      if (machine.fabric != SequenceFabric::kMesh) return -1;
-      const double m_q = message(q * e);
-      const double m_o =
-          message(q * static_cast<double>(widths.partial) +
-                  q / static_cast<double>(widths.head_dim * 1) * static_cast<double>(widths.sum));
-      return std::max(c / 2, m_q) + c + (p - 2) * std::max(c, m_q) + std::max(c / 2, m_o);
-    }
-    case SequenceKind::kAllGather: {
-      if (machine.fabric == SequenceFabric::kRing) return -1;
-      const double at_once = machine.fabric == SequenceFabric::kMesh ? 1 : p - 1;
-      return at_once * message(kv * e) + p * c;
-    }
-    case SequenceKind::kUlysses: {
-      if (machine.fabric == SequenceFabric::kRing) return -1;
-      const double at_once = machine.fabric == SequenceFabric::kMesh ? 1 : p - 1;
-      return at_once * (message((q + kv) * e / p) + message(q * e / p)) + p * c;
-    }
+      return forward && !one_by_one && p > 2 ? c + (p - 1) * std::max(c, message(kv * e / 2)) : -1;
+    case SequenceKind::kKvDirect:
+      return forward && at_once ? std::max(c, message(kv * e)) + (p - 1) * c : -1;
+    case SequenceKind::kTokenRing:
+      return at_once ? std::max(c / 2, m_q) + (p - 1) * c + std::max(c / 2, m_o) : -1;
+    case SequenceKind::kTokenRingRelay:
+      return mesh ? std::max(c / 2, m_q) + c + (p - 2) * std::max(c, m_q) + std::max(c / 2, m_o)
+                  : -1;
+    case SequenceKind::kAllGather:
+      if (!at_once && !one_by_one) return -1;
+      return messages * (message(kv * e) + (forward ? 0 : message(kv * f))) + p * c;
+    case SequenceKind::kUlysses:
+      // dK and dV of kv heads that shares have in common are parts of sums.
+      if ((!at_once && !one_by_one) || schedule.heads % schedule.ranks() != 0 ||
+          schedule.kv_heads % schedule.ranks() != 0)
+        return -1;
+      return messages * (message((forward ? q + kv : q) * e / p) +
+                         message((forward ? q : q + kv) * e / p)) +
+             p * c;
     default:
       return -1;
   }

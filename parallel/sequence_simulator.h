@@ -38,12 +38,16 @@ SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const Sequ
 
 // Seconds of full attention (no mask) where P divides the tokens, in closed form. C is the time of
 // a tile of a rank's queries with a rank's keys, M_x that of a message of x:
-//   kv_ring_one_way    forward C + (P-1) max(C, M_kv), on every fabric
-//   kv_ring            the same with half of the rows in a message, on ring and mesh
-//   token_ring_relay   max(C/2, M_q) + C + (P-2) max(C, M_q) + max(C/2, M_o) on a mesh
-//   all_gather         mesh: M_kv + P C; port: (P-1) M_kv + P C
-//   ulysses            mesh: M_in + P C + M_out; port: (P-1) (M_in + M_out) + P C
-// Negative where there is no form.
+//   kv_ring_one_way    forward: C + (P-1) max(C, M_kv), on every fabric
+//   kv_ring            the same with half of the rows in a message; ring and mesh, P > 2
+//   token_ring_relay   mesh: max(C/2, M_q) + C + (P-2) max(C, M_q) + max(C/2, M_o); backward with
+//                      {Q, dO, lse, delta} for q and dQ for o
+//   token_ring         mesh, P <= 4: max(C/2, M_q) + (P-1) C + max(C/2, M_o); backward alike
+//   kv_direct          forward: mesh, P <= 4: max(C, M_kv) + (P-1) C
+//   all_gather         M_kv + P C + M_dkv, the last backward only; mesh, P <= 4
+//   ulysses            M_in + P C + M_out; mesh, P <= 4
+// On a port the last two have P-1 messages one after the other, for any P. Negative where there is
+// no form.
 double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
                          const SequenceMachine& machine);
 
