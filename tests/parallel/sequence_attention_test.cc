@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <random>
@@ -463,6 +464,24 @@ TEST(SequenceInModules, RandomDelays) {
         Backward(out, Tensor::Full(out.shape(), out.dtype(), 1));
       }
   });
+}
+
+// Started as `mpirun -n N parallel_test --gtest_filter=Mpi.*`; see CMakeLists.txt here.
+TEST(Mpi, SequenceAttention) {
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) GTEST_SKIP() << "not started by mpirun";
+  const auto ranks = MakeMpiCommunicator();
+  SetThreadRank(ranks->rank());
+  std::mt19937 random(static_cast<uint32_t>(ranks->rank()));
+  for (int kind = 0; kind < kSequenceKinds; ++kind)
+    for (const Layout layout : kLayouts)
+      for (const Mask mask : kMasks) {
+        const Case c{static_cast<Kind>(kind), layout, mask, 61, 8, 2, 64, 2};
+        Errors errors;
+        std::mutex mutex;
+        std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
+        RunRank(c, MakeWhole(c), *ranks, errors, mutex);
+        EXPECT_LE(errors.Worst(), 1e-12) << c.Text(ranks->size());
+      }
 }
 
 class LongSequenceExactness : public ::testing::TestWithParam<int> {};
