@@ -76,23 +76,29 @@ void SequenceGroup::Learn(const Tensor& q, const SequenceInfo& info) {
 std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& q, const Tensor& k,
                                                                   const SequenceInfo& info) {
   Learn(q, info);
-  for (const auto& plan : plans_)
-    if (plan->tokens == tokens_ && plan->batch == q.dim(0) && plan->heads == q.dim(2) &&
-        plan->kv_heads == k.dim(2) && plan->head_dim == q.dim(3) && plan->dtype == q.dtype() &&
-        plan->documents == ids_)
-      return plan;
+  const Plan* alike = nullptr;  // but for the documents
+  for (const auto& plan : plans_) {
+    if (plan->tokens != tokens_ || plan->batch != q.dim(0) || plan->heads != q.dim(2) ||
+        plan->kv_heads != k.dim(2) || plan->head_dim != q.dim(3) || plan->dtype != q.dtype())
+      continue;
+    if (plan->documents == ids_) return plan;
+    alike = plan.get();
+  }
   const SequenceLayout layout(options_.layout, tokens_, cp_.size());
   const SequenceMask mask{options_.causal, options_.window, ids_};
   const auto heads = static_cast<int>(q.dim(2)), kv_heads = static_cast<int>(k.dim(2));
   SequenceChoice choice = {SequenceKind::kTokenRing, SequenceKind::kTokenRing, "as asked for"};
-  if (options_.schedule)
-    choice.forward = *options_.schedule,
+  if (options_.schedule) {
+    choice.forward = *options_.schedule;
     choice.backward = options_.backward.value_or(choice.forward);
-  else
+  } else if (alike != nullptr) {
+    choice = {alike->forward.kind, alike->backward.kind, alike->reason};
+  } else {
     choice = ChooseSequence(
         layout, mask, heads, kv_heads,
         WidthsOf(q.dim(0), q.dim(3), q.dtype(), {.wide_results = options_.wide_results}),
         options_.machine);
+  }
   const auto make = [&](SequenceKind kind, SequencePass pass) {
     return MakeSequenceSchedule(kind, pass, layout, mask, heads, kv_heads);
   };

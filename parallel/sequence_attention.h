@@ -49,7 +49,8 @@ class SequenceGroup {
     std::string reason;  // why these
   };
   // For q [B, T, N, H] and k [B, T, K, H] of this rank. The ranks exchange the sequence's length
-  // and its documents when `info` is another than at the last call.
+  // and its documents when info's tensors are others than at the last call. What auto chose stays
+  // for batches of the same shape.
   std::shared_ptr<const Plan> PlanFor(const Tensor& q, const Tensor& k, const SequenceInfo& info);
 
   const SequenceOptions& options() const { return options_; }

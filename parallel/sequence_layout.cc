@@ -150,12 +150,16 @@ std::optional<kernels::AttentionOptions> TileMask(const TokenRange& q, const Tok
 }
 
 int64_t VisiblePairs(const TokenRange& q, const TokenRange& k, const SequenceMask& mask) {
+  // Pairs with j - i <= h: query i has min(max(i + h + 1, 0), keys) of them.
+  const auto up_to = [&](int64_t h) {
+    const int64_t first = std::clamp<int64_t>(-h, 0, q.count);
+    const int64_t full = std::clamp<int64_t>(k.count - h - 1, first, q.count);
+    const int64_t some = full - first;
+    const int64_t least = some > 0 ? first + h + 1 : 0;
+    return some * least + some * (some - 1) / 2 + (q.count - full) * k.count;
+  };
   const auto [low, high] = BandOf(q, k, mask);
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < q.count; ++i)
-    pairs +=
-        std::max<int64_t>(0, std::min(k.count, i + high + 1) - std::max<int64_t>(0, i + low + 1));
-  return pairs;
+  return low < high ? up_to(high) - up_to(low) : 0;
 }
 
 }  // namespace shoal
