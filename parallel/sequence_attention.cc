@@ -100,7 +100,10 @@ std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& 
         options_.machine);
   }
   const auto make = [&](SequenceKind kind, SequencePass pass) {
-    return MakeSequenceSchedule(kind, pass, layout, mask, heads, kv_heads);
+    SequenceSchedule schedule = MakeSequenceSchedule(kind, pass, layout, mask, heads, kv_heads);
+    // By documents it would take the square of the tokens.
+    if (ids_.empty()) CheckSequenceSchedule(schedule);
+    return schedule;
   };
   auto plan =
       std::make_shared<Plan>(Plan{tokens_, q.dim(2), k.dim(2), q.dim(0), q.dim(3), q.dtype(), ids_,

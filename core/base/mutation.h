@@ -8,17 +8,17 @@ namespace shoal {
 
 enum class Mutation {
   kNone,
-  kMeanOfMicroBatchMeans,  // the loss is normalised per micro-batch and rank
-  kLastMicroBatchOnly,     // sharded gradients keep the last micro-batch's share
-  kNormOfTheLocalShard,    // clipping sees this rank's part of the gradient
-  kPartialTakenForWhole,   // a column-parallel input's gradient is not summed
-  kBiasOnEveryRank,        // a row-parallel bias is added by each
-  kSharedHeadNotSummed,    // a kv head that ranks share takes one rank's gradient
-  kNormWeightNotSummed,    // a gain that each rank uses on its tokens takes one rank's gradient
+  kMeanOfMicroBatchMeans,       // the loss is normalised per micro-batch and rank
+  kLastMicroBatchOnly,          // sharded gradients keep the last micro-batch's share
+  kNormOfTheLocalShard,         // clipping sees this rank's part of the gradient
+  kPartialTakenForWhole,        // a column-parallel input's gradient is not summed
+  kBiasOnEveryRank,             // a row-parallel bias is added by each
+  kSharedHeadNotSummed,         // a kv head that ranks share takes one rank's gradient
+  kNormWeightNotSummed,         // a gain that each rank uses on its tokens takes one rank's gradient
   kVocabularyRemainderDropped,  // rows beyond a multiple of the ranks belong to nobody
-  kStatisticsOfTheTile,         // attention's backward takes a tile's lse and delta for the whole's
-  kFirstKeysReused,  // a key-value ring computes with what arrived first, again and again
-  kPartMergedTwice,  // a partial result of attention counts twice
+  kStatisticsOfTheTile,         // attention's backward takes a tile's lse for the whole's
+  kFirstKeysReused,             // a ring goes on computing with the keys that came first
+  kPartMergedTwice,             // a partial result of attention counts twice
 };
 
 inline std::atomic<Mutation> active_mutation = Mutation::kNone;
