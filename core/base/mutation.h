@@ -14,7 +14,7 @@ enum class Mutation {
   kPartialTakenForWhole,        // a column-parallel input's gradient is not summed
   kBiasOnEveryRank,             // a row-parallel bias is added by each
   kSharedHeadNotSummed,         // a kv head that ranks share takes one rank's gradient
-  kNormWeightNotSummed,         // a gain that each rank uses on its tokens takes one rank's gradient
+  kNormWeightNotSummed,         // a gain that each rank uses on its tokens takes one's gradient
   kVocabularyRemainderDropped,  // rows beyond a multiple of the ranks belong to nobody
   kStatisticsOfTheTile,         // attention's backward takes a tile's lse for the whole's
   kFirstKeysReused,             // a ring goes on computing with the keys that came first
