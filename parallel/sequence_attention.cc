@@ -154,7 +154,7 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
         (heads ? x.head_v : x.v) = context.Saved(kV);
         (heads ? x.head_out : x.out) = context.Saved(kOut);
         (heads ? x.head_lse : x.lse) = context.Saved(kLse);
-        x.dout = context.grad();
+        x.dout = context.grad().contiguous() ? context.grad() : context.grad().Clone();
         RunSequencePass(plan->backward, options, group->wire(), group->rank(), x);
         context.Give(0, std::move(x.dq));
         context.Give(1, std::move(x.dk));

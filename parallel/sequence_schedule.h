@@ -80,7 +80,8 @@ enum class SequenceOp {
   kMerge,  // what was received last into what is held here of its owner's result or gradients
 };
 
-// Rows [first, first + count) of one of an owner's ranges.
+// Rows [first, first + count) of one of an owner's ranges. A message has one such run of each range
+// at most, which may hold rows that nobody needs between those that somebody does.
 struct SequenceRows {
   int range;
   int64_t first, count;
