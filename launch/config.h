@@ -84,6 +84,7 @@ struct ZeroConfig {
 struct PipelineConfig {
   std::string schedule = "1f1b";
   int64_t virtual_stages = 1;
+  std::optional<std::vector<int64_t>> blocks;  // of each stage; left out: balanced
   bool operator==(const PipelineConfig&) const = default;
 };
 

@@ -226,7 +226,6 @@ void CheckSupported(const Config& config) {
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",
                  what);
   };
-  later(config.mesh.pp > 1, fmt::format("mesh.pp = {}", config.mesh.pp));
   later(config.mesh.cp > 1, fmt::format("mesh.cp = {}", config.mesh.cp));
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
   later(config.memory.recompute != "none",

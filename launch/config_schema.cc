@@ -150,6 +150,9 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})
           .OrFile(".csv"),
       KEY(pipeline, virtual_stages, "stages of one rank").In(1, 1000),
+      KEY(pipeline, blocks, "how many blocks each stage has, in the order of the model")
+          .In(0, kSize)
+          .LeftOut("balanced by FLOPs"),
 
       KEY(sequence, schedule, "how attention crosses ranks")
           .OneOf({"auto", "token_ring", "kv_ring", "ulysses", "hybrid", "all_gather"}),
@@ -203,6 +206,9 @@ struct AllowedVisitor {
   std::string operator()(bool*) const { return "true or false"; }
   std::string operator()(std::array<double, 2>*) const {
     return "two numbers, each " + RangeText(key);
+  }
+  std::string operator()(std::vector<int64_t>*) const {
+    return "a list of integers, each " + RangeText(key);
   }
   template <class T>
   std::string operator()(std::optional<T>*) const {
