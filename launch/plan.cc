@@ -46,22 +46,6 @@ RankPlan PlanRank(const Config& config, const BatchPlan& batch, int rank, int ra
   return plan;
 }
 
-// Passes take their FLOPs, messages nothing.
-PipelineSimulation SimulateStep(const TrainingOptions& options, const std::vector<int>& stages) {
-  const std::vector<double> segments = SegmentCosts(options.model, options.length);
-  PipelineCosts costs = {{}, {}, {}};
-  for (size_t s = 0; s + 1 < stages.size(); ++s) {
-    double forward = 0;
-    for (int i = stages[s]; i < stages[s + 1]; ++i) forward += segments[static_cast<size_t>(i)];
-    costs.forward.push_back(forward);
-    // Nothing asks for the gradient of the tokens.
-    const double no_input = s == 0 ? segments[0] : 0;
-    costs.backward_input.push_back(forward - no_input);
-    costs.backward_weight.push_back(forward);
-  }
-  return SimulatePipeline(ScheduleOf(options, options.micro_batches), costs);
-}
-
 double Mega(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
 
 }  // namespace
@@ -79,6 +63,22 @@ StateBytes StatesOf(const TrainingOptions& options) {
   return {static_cast<double>(SizeOf(options.compute)),
           static_cast<double>(SizeOf(options.gradients)),
           (master + states) * static_cast<double>(SizeOf(wide))};
+}
+
+PipelineSimulation SimulateStep(const TrainingOptions& options) {
+  const std::vector<int> stages = StagesOf(options);
+  const std::vector<double> segments = SegmentCosts(options.model, options.length);
+  PipelineCosts costs = {{}, {}, {}};
+  for (size_t s = 0; s + 1 < stages.size(); ++s) {
+    double forward = 0;
+    for (int i = stages[s]; i < stages[s + 1]; ++i) forward += segments[static_cast<size_t>(i)];
+    costs.forward.push_back(forward);
+    // Nothing asks for the gradient of the tokens.
+    const double no_input = s == 0 ? segments[0] : 0;
+    costs.backward_input.push_back(forward - no_input);
+    costs.backward_weight.push_back(forward);
+  }
+  return SimulatePipeline(ScheduleOf(options, options.micro_batches), costs);
 }
 
 int64_t Plan::peak() const {
@@ -106,7 +106,7 @@ Plan MakePlan(const Config& config, int ranks) {
   plan.flops_per_token_full = 6.0 * static_cast<double>(matmul) + 12 * attention;
   const TrainingOptions options = MakeTrainingOptions(config, plan.batch);
   plan.stages = StagesOf(options);
-  plan.pipeline = SimulateStep(options, plan.stages);
+  plan.pipeline = SimulateStep(options);
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
     plan.ranks.push_back(PlanRank(config, plan.batch, rank, ranks));
@@ -197,8 +197,8 @@ std::string PlanText(const Plan& plan, const Config& config) {
   const int columns[] = {1, 4, 16, 64, 256, 1024};
   for (const int n : columns) text += fmt::format("{:>9}", fmt::format("dp {}", n));
   text += '\n';
-  const double held = static_cast<double>(plan.parameters) /
-                      static_cast<double>(config.mesh.tp * config.mesh.pp);
+  const double held =
+      static_cast<double>(plan.parameters) / static_cast<double>(config.mesh.tp * config.mesh.pp);
   for (int stage = 0; stage <= 3; ++stage) {
     text += fmt::format("  {:<20}", fmt::format("zero.stage {}", stage));
     for (const int n : columns)

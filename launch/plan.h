@@ -45,6 +45,9 @@ struct StateBytes {
 };
 StateBytes StatesOf(const TrainingOptions& options);
 
+// The passes of a step on a clock of FLOPs; messages take no time.
+PipelineSimulation SimulateStep(const TrainingOptions& options);
+
 // `config` is resolved and supported.
 Plan MakePlan(const Config& config, int ranks);
 

@@ -15,6 +15,7 @@
 #include "launch/session.h"
 #include "launch/signals.h"
 #include "launch/tensorboard.h"
+#include "launch/timeline.h"
 #include "optim/lr_schedule.h"
 
 namespace shoal {
@@ -210,6 +211,8 @@ int Run::Loop() {
   step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
   console_.EndProgress();
+  if (config_.mesh.pp > 1 && done_ >= first)
+    WriteTimeline(*step_, options_, communicator_, directory_->pipeline_path());
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
                             finished ? "Finished" : "Stopped", done_, config_.run.steps,
                             done_ - first + 1, Since(begin), last_save_));

@@ -64,6 +64,7 @@ class TrainingStep {
   LanguageModel& model() { return *model_; }
   ZeroOptimizer& optimizer() { return *optimizer_; }
   const Mesh& mesh() const { return mesh_; }
+  const PipelineExecutor& pipeline() const { return *executor_; }
   // Sent by this rank so far over an axis; control scalars are counted apart.
   int64_t wire_bytes(MeshAxis axis) const;
   void set_profile(KernelProfile* profile);

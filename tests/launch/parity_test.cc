@@ -214,6 +214,12 @@ TEST(MpiParity, Fp64) {
       const Recipe recipe = {.model = model, .zero_stage = stage};
       Compare(recipe, OneRank(recipe), Train(recipe, *c, 3, InOrder()), 1e-10, 1e-10);
     }
+    for (const char* schedule : {"1f1b", "zb_h1"}) {
+      Recipe recipe = {.model = model, .zero_stage = 2, .pp = c->size() == 3 ? 3 : 2};
+      recipe.schedule = schedule;
+      recipe.layers = 4;
+      Compare(recipe, OneRank(recipe), Train(recipe, *c, 3, InOrder()), 1e-10, 1e-10);
+    }
     for (const int tp : {c->size(), c->size() % 2 == 0 ? 2 : 1}) {
       const Recipe recipe = {.model = model, .tp = tp, .zero_stage = 3};
       Compare(recipe, OneRank(recipe), Train(recipe, *c, 3, InOrder()), 1e-10, 1e-10);
