@@ -192,7 +192,8 @@ void PipelineExecutor::DoForward(const PipelineAction& action, const PipelineWor
   if (pass.in.defined()) {
     pass.leaf = std::make_shared<Leaf>(pass.in.shape(), pass.in.dtype());
     pass.leaf->weight = false;
-    pass.leaf->memory_class = MemoryClass::kActivations;
+    // A message that waits to be fetched is no activation: how long it lives is the other's affair.
+    pass.leaf->memory_class = MemoryClass::kCommunication;
     pass.in.set_node(pass.leaf);
   }
   // What the next stage does not keep of the input is free once this one has it.

@@ -28,6 +28,7 @@ struct Recipe {
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
   double dropout = 0;
   int layers = 2;
+  int64_t heads = 0;  // 0: the model's own
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
   int shard_ranks = 0;
@@ -62,6 +63,8 @@ inline ModelConfig Model(const Recipe& recipe) {
     c.kv_heads = 2;
     c.tied = true;
   }
+  if (recipe.heads > 0) c.heads = recipe.heads;
+  if (recipe.heads > 0 && name != "llama-gqa-tied") c.kv_heads = recipe.heads;
   if (recipe.gqa) c.kv_heads = 3;
   if (recipe.tied) c.tied = true;
   if (recipe.dropout > 0) c.dropout = recipe.dropout;
