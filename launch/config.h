@@ -104,6 +104,7 @@ struct MemoryConfig {
   std::string recompute = "none";
   std::optional<int64_t> budget;  // bytes
   bool offload_activations = false;
+  bool partition_activations = false;
   bool operator==(const MemoryConfig&) const = default;
 };
 

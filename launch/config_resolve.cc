@@ -228,7 +228,7 @@ void CheckSupported(const Config& config) {
   };
   later(config.mesh.cp > 1, fmt::format("mesh.cp = {}", config.mesh.cp));
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
-  later(config.memory.recompute != "none",
+  later(config.memory.recompute != "none" && config.memory.recompute != "full",
         fmt::format("memory.recompute = \"{}\"", config.memory.recompute));
   later(config.memory.offload_activations, "memory.offload_activations = true");
   later(config.method.name != "full", fmt::format("method.name = \"{}\"", config.method.name));

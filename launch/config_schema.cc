@@ -167,6 +167,8 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(memory, recompute, "activations that backward computes again")
           .OneOf({"none", "full", "selective", "auto"}),
       KEY(memory, budget, "memory of one rank").Bytes().LeftOut("no limit"),
+      KEY(memory, partition_activations,
+          "tensor-parallel ranks keep parts of what all of them would keep"),
       KEY(memory, offload_activations, "keep activations on the host between the passes"),
 
       KEY(method, name, "which weights are trained, and how")

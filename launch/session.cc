@@ -84,6 +84,8 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   // in run.dir, which is made last.
   if (config.zero.offload == "file")
     options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
+  options.recompute = config.memory.recompute == "full";
+  options.partition_activations = config.memory.partition_activations;
   options.schedule = config.pipeline.schedule;
   options.virtual_stages = static_cast<int>(config.pipeline.virtual_stages);
   if (config.pipeline.blocks)

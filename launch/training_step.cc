@@ -6,12 +6,15 @@
 #include <cstring>
 #include <fstream>
 #include <numeric>
+#include <optional>
 #include <sstream>
 
 #include "core/base/mutation.h"
 #include "core/init.h"
 #include "kernels/reduce.h"
+#include "memory/recompute.h"
 #include "optim/clip.h"
+#include "parallel/partitioned_activations.h"
 #include "parallel/tensor_parallel.h"
 
 namespace shoal {
@@ -83,6 +86,9 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   begin_ = ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp),
                                mesh_.axis(MeshAxis::kTp), options.sequence_parallel);
   TieHead();
+  if (options.recompute)
+    for (Module* block : blocks)
+      ApplyRecompute(*block, [this] { return [this, n = tokens_] { begin_(n); }; });
   ZeroOptions zero;
   zero.stage = options.zero_stage;
   zero.shard_ranks = options.shard_ranks;
@@ -173,7 +179,11 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
   info.seed = options_.seed;
   info.training = training;
-  begin_(batch.count * batch.length);
+  tokens_ = batch.count * batch.length;
+  begin_(tokens_);
+  std::optional<SavedTensorScope> partitioned;
+  if (options_.partition_activations && training)
+    partitioned.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp)));
   Tensor x = in;
   const auto [begin, end] = segments_[static_cast<size_t>(chunk)];
   for (int s = begin; s < end; ++s) {

@@ -27,7 +27,9 @@ struct TrainingOptions {
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   std::string offload_dir;
-  std::string schedule = "1f1b";  // of the pipeline: a kind, or a file
+  bool recompute = false;              // blocks' activations, in backward
+  bool partition_activations = false;  // over tp
+  std::string schedule = "1f1b";       // of the pipeline: a kind, or a file
   int virtual_stages = 1;
   std::vector<int> blocks_per_stage;  // of the pipeline; empty: as SegmentCosts balance
   int micro_batches = 1;              // per step and replica
@@ -99,6 +101,7 @@ class TrainingStep {
   int64_t wire_before_ = 0;                    // of executors before this one
   std::vector<std::pair<int, int>> segments_;  // by chunk
   std::function<void(int64_t)> begin_;         // a forward over so many tokens
+  int64_t tokens_ = 0;                         // of the forward that began last
   std::unique_ptr<Communicator> tied_;         // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
   std::unique_ptr<ZeroOptimizer> optimizer_;

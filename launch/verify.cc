@@ -94,6 +94,7 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     if (world.rank() == 0) {
       TrainingOptions alone = options;
       alone.mesh = {};
+      alone.recompute = alone.partition_activations = false;
       alone.schedule = "1f1b";
       alone.virtual_stages = 1;
       alone.blocks_per_stage.clear();

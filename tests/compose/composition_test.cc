@@ -64,6 +64,7 @@ const std::vector<Feature>& Features() {
          Zero(c, 2);
        }},
       {"offload", [](Cell& c) { c.recipe.offload_dir = ::testing::TempDir(); }},
+      {"recompute", [](Cell& c) { c.recipe.recompute = true; }},
       {"accumulation", [](Cell& c) { c.micro_batches = 3; }},
       {"gpt2", [](Cell& c) { c.recipe.model = "gpt2"; }},
       {"gqa", [](Cell& c) { c.recipe.gqa = true; }},
@@ -154,8 +155,8 @@ TEST(Composition, IsAsDocumented) {
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
-       {"mesh.cp=2", "mesh.ep=2", "memory.recompute=\"full\"", "memory.offload_activations=true",
-        "method.name=\"lora\"", "checkpoint.async=true"}) {
+       {"mesh.cp=2", "mesh.ep=2", "memory.recompute=\"selective\"",
+        "memory.offload_activations=true", "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";

@@ -33,6 +33,7 @@ struct Recipe {
   bool sequence_parallel = false;
   int shard_ranks = 0;
   std::string offload_dir = {};
+  bool recompute = false, partition_activations = false;
   int pp = 1, virtual_stages = 1;
   std::string schedule = "1f1b";
 };
@@ -107,6 +108,8 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp};
   options.virtual_stages = recipe.virtual_stages;
   options.schedule = recipe.schedule;
+  options.recompute = recipe.recompute;
+  options.partition_activations = recipe.partition_activations;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
@@ -129,8 +132,8 @@ inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step
 }
 
 inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
-                     const std::vector<int64_t>& order) {
-  TrainingStep step(Options(recipe), communicator);
+                     const std::vector<int64_t>& order, const TrainingOptions& options) {
+  TrainingStep step(options, communicator);
   Outcome outcome;
   for (int s = 0; s < recipe.steps; ++s) {
     const TrainingStep::Result result =
@@ -146,6 +149,11 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
   return outcome;
 }
 
+inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
+                     const std::vector<int64_t>& order) {
+  return Train(recipe, communicator, micro_batches, order, Options(recipe));
+}
+
 inline std::vector<int64_t> InOrder() {
   std::vector<int64_t> order(kSequences);
   std::iota(order.begin(), order.end(), 0);
@@ -155,7 +163,7 @@ inline std::vector<int64_t> InOrder() {
 inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {
   recipe.tp = 1;
   recipe.zero_stage = recipe.shard_ranks = 0;
-  recipe.sequence_parallel = false;
+  recipe.sequence_parallel = recipe.recompute = recipe.partition_activations = false;
   recipe.pp = recipe.virtual_stages = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
