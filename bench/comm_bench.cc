@@ -72,7 +72,7 @@ void Measure(const Options& o, Communicator& c, int64_t mb) {
     }
   }
   if (c.rank() != 0) return;
-  nlohmann::ordered_json json = {{"mb", mb}, {"ranks", c.size()}};
+  nlohmann::ordered_json json = {{"mb", mb}, {"ranks", c.size()}, {"mpi", MpiDescription()}};
   for (Arm& arm : arms) {
     std::sort(arm.seconds.begin(), arm.seconds.end());
     json["best"][arm.name] = arm.seconds.front();

@@ -49,19 +49,19 @@ def measure(a):
         "sm": mpirun + shlex.split(SM) + [program, "--mpi-only"] + common,
         "gloo": [a.torch_python, ROOT / "bench/comm_torch.py"] + common,
     }
-    best, version = {}, ""
+    best, versions = {}, {}
     for _ in range(a.rounds):
         for name, command in processes.items():
             for line in lines_of(command):
-                version = line.get("version", version)
+                versions |= {k: line[k] for k in ("mpi", "version") if k in line}
                 for arm, seconds in line["best"].items():
                     key = line["mb"], f"{name} {arm}"
                     best[key] = min(best.get(key, 1e9), seconds)
                 print(name, line["mb"], line["best"], flush=True)
-    return best, version
+    return best, versions
 
 
-def report(a, best, version):
+def report(a, best, versions):
     sizes = sorted({mb for mb, _ in best})
 
     def table(title, arms, of):
@@ -73,7 +73,7 @@ def report(a, best, version):
                     for place, key in ((", pool", "_pool"), (", private", ""))]
     lines = [
         "# Collectives of two ranks on one host", "",
-        f"- Date: {datetime.date.today()}", f"- Machine: {machine()}", f"- OpenMPI 4.1, PyTorch {version}; f32, one thread per rank",
+        f"- Date: {datetime.date.today()}", f"- Machine: {machine()}", f"- {versions['mpi']}, PyTorch {versions['version']}; f32, one thread per rank",
         "- Command: `python3 bench/comm_bench.py --torch-python VENV/bin/python"
         f" --rounds {a.rounds} --repeats {a.repeats}`",
         "- Arms interleaved, each the best call of all rounds. `pool`: arrays in memory that both ranks map; `private`: not. "
@@ -92,9 +92,9 @@ def report(a, best, version):
 
 def main():
     a = parse()
-    best, version = measure(a)
+    best, versions = measure(a)
     output = pathlib.Path(a.output or ROOT / f"bench/results/{datetime.date.today()}-transport.md")
-    output.write_text(report(a, best, version))
+    output.write_text(report(a, best, versions))
     print(output.read_text())
 
 

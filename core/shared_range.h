@@ -31,8 +31,8 @@ class SharedRange {
     const char* at = static_cast<const char*>(data);
     return at >= begin_ && bytes <= size_ && at <= begin_ + (size_ - bytes);
   }
-  // The first `bytes` are going to be used: puts huge pages there if the system has them for
-  // shared memory. They are not thread-safe, and no more than a hint.
+  // The first `bytes` are going to be used: puts huge pages there if the system has them for shared
+  // memory. No more than a hint; not thread-safe.
   void Prepare(size_t bytes);
 
  private:

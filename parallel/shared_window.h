@@ -29,7 +29,7 @@ class SharedWindow {
         rank_(rank),
         size_(ranks) {}
 
-  // By rank of this window, all or none of the ranks call it.
+  // By rank of this window. All ranks call it, or none does.
   void set_pools(Pools pools) { pools_ = std::move(pools); }
   const Pools& pools() const { return pools_; }
 
