@@ -236,6 +236,10 @@ TEST(MpiParity, Fp64) {
   if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) GTEST_SKIP() << "not started by mpirun";
   const auto c = MakeMpiCommunicator();
   SetThreadRank(c->rank());
+  ExecutionContext context{Device{}};
+  const ContextScope scope(context);
+  // As the program does; what is too small for it is copied.
+  ASSERT_TRUE(c->ShareMemory());
   for (const char* model : {"llama", "gpt2"}) {
     for (int stage = 0; stage <= 3; ++stage) {
       const Recipe recipe = {.model = model, .zero_stage = stage};
