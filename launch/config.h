@@ -75,7 +75,7 @@ struct MeshConfig {
 struct ZeroConfig {
   int64_t stage = 0;
   std::optional<int64_t> shard_ranks;  // left out: all that share parameters
-  int64_t bucket = int64_t{32} << 20;  // bytes
+  int64_t bucket = int64_t{8} << 20;   // bytes
   std::string offload = "none";
   std::optional<std::string> offload_dir;  // left out: on the disk of run.dir
   bool operator==(const ZeroConfig&) const = default;

@@ -165,7 +165,8 @@ TEST(Mpi, Pools) {
   std::vector<int> backwards;
   for (int r = world->size() - 1; r >= 0; --r) backwards.push_back(r);
   const auto group = world->Subgroup(backwards);
-  const std::unique_ptr<CommQueue> queue = std::make_unique<CommQueue>(*world);
+  const auto of_queue = world->Subgroup(backwards);
+  CommQueue queue(*world);
   for (Communicator* c : {world.get(), group.get()}) {
     const Ranks ranks = RanksOf(*c);
     // Each time another block of the pool, some where another was: it grows and is used again.
@@ -188,8 +189,7 @@ TEST(Mpi, Pools) {
   }
   // Behind a queue, whose group is its own.
   const Tensor data = Tensor::Full({1 << 20}, DType::kF32, 2, MemoryClass::kParameters);
-  queue->Wait(
-      queue->Post([view = data.view()](Communicator& c) { c.AllReduce(std::span(&view, 1)); }));
+  queue.Wait(queue.Post([&, view = data.view()] { of_queue->AllReduce(std::span(&view, 1)); }));
   EXPECT_EQ(data.data<float>()[12345], 2.0F * static_cast<float>(world->size()));
 }
 
