@@ -15,11 +15,15 @@ struct AttentionOptions {
       0;  // position of query 0 on the axis where key 0 is 0 (a KV cache's length)
 };
 
-// out [B, T, N, H]; lse [B, N, T] f32 (f64 for f64), the log of the softmax's denominator in
-// natural logarithms. q [B, T, N, H]; k, v [B, S, K, H]; strided in B, T/S and heads, last
-// dimension contiguous. q_document i32 [B, T] and k_document i32 [B, S] may both be absent ({});
-// present, a query sees only keys of its own document. A row that sees no key gets out = 0 and lse
-// = -inf.
+// A tile of attention is that of some queries to some of their keys: the same call on parts of q, k
+// and v, with query_offset the distance of their first positions. Attention over the parts of the
+// keys is merged by MergeAttention, and AttentionBackwardTile adds up what they give to gradients.
+
+// out [B, T, N, H] of q's dtype, or f32 for bf16 where it is to be merged; lse [B, N, T] f32 (f64
+// for f64), the log of the softmax's denominator in natural logarithms. q [B, T, N, H]; k, v [B, S,
+// K, H]; strided in B, T/S and heads, last dimension contiguous. q_document i32 [B, T] and
+// k_document i32 [B, S] may both be absent ({}); present, a query sees only keys of its own
+// document. A row that sees no key gets out = 0 and lse = -inf.
 SHOAL_KERNEL(Attention,
              (const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
               const View& v, const View& q_document, const View& k_document,
@@ -33,5 +37,30 @@ SHOAL_KERNEL(AttentionBackward,
               const View& lse, const View& q_document, const View& k_document,
               const AttentionOptions& options),
              (stream, dq, dk, dv, dout, q, k, v, out, lse, q_document, k_document, options))
+
+// The same for a tile: dq, dk and dv are f32 (f64 for f64) and are added to. lse and delta [B, N,
+// T] must be those of the whole attention, over all keys that a query sees: with those of the tile
+// dq and dk would be wrong and dv right. They are f32 (f64 for f64).
+SHOAL_KERNEL(AttentionBackwardTile,
+             (const Stream& stream, const View& dq, const View& dk, const View& dv,
+              const View& dout, const View& q, const View& k, const View& v, const View& lse,
+              const View& delta, const View& q_document, const View& k_document,
+              const AttentionOptions& options),
+             (stream, dq, dk, dv, dout, q, k, v, lse, delta, q_document, k_document, options))
+
+// delta [B, N, T] f32 (f64 for f64) = the sums of dout out over H. dout, out [B, T, N, H] of one
+// dtype, strided as q.
+SHOAL_KERNEL(AttentionDelta,
+             (const Stream& stream, const View& delta, const View& dout, const View& out),
+             (stream, delta, dout, out))
+
+// Attention to more keys: out and lse are updated by that to other keys, out_part and lse_part. out
+// [B, T, N, H] is f32 (f64 for an f64 part), out_part [B, T, N, H] of that dtype or bf16; strided
+// as q. lse and lse_part [B, N, T] are of out's dtype, strided in B and N. Either lse may be -inf:
+// then the other side remains, to the last bit.
+SHOAL_KERNEL(MergeAttention,
+             (const Stream& stream, const View& out, const View& lse, const View& out_part,
+              const View& lse_part),
+             (stream, out, lse, out_part, lse_part))
 
 }  // namespace shoal::kernels

@@ -16,6 +16,9 @@ enum class Mutation {
   kSharedHeadNotSummed,         // a kv head that ranks share takes one rank's gradient
   kNormWeightNotSummed,         // a gain that each rank uses on its tokens takes one rank's gradient
   kVocabularyRemainderDropped,  // rows beyond a multiple of the ranks belong to nobody
+  kStatisticsOfTheTile,         // attention's backward takes a tile's lse for the whole's
+  kFirstKeysReused,             // a ring goes on computing with the keys that came first
+  kPartMergedTwice,             // a partial result of attention counts twice
 };
 
 inline std::atomic<Mutation> active_mutation = Mutation::kNone;

@@ -29,19 +29,20 @@ void CheckHeads(const char* op, const char* name, const View& x, const Dims& sha
               "{}'s last dimension has stride {}; it must be contiguous", name, x.strides[3]);
 }
 
-AttentionProblem MakeProblem(const char* op, const View& out, const View& lse, const View& q,
-                             const View& k, const View& v, const View& q_document,
-                             const View& k_document, const AttentionOptions& options) {
+AttentionProblem MakeProblem(const char* op, const View& lse, const View& q, const View& k,
+                             const View& v, const View& q_document, const View& k_document,
+                             const AttentionOptions& options) {
   CheckRank(op, "q", q, 4);
   CheckRank(op, "k", k, 4);
   VisitFloat(q.dtype, op, [](auto) {});
-  AttentionProblem a{out, lse, q, k, v, q_document, k_document, {}, {}, {}, {}, options};
+  AttentionProblem a;
+  a.lse = lse, a.q = q, a.k = k, a.v = v;
+  a.q_document = q_document, a.k_document = k_document, a.options = options;
   a.batch = q.dim(0), a.queries = q.dim(1), a.heads = q.dim(2), a.head_dim = q.dim(3);
   a.keys = k.dim(1), a.kv_heads = k.dim(2);
   SHOAL_CHECK(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, op,
               "{} heads are not a multiple of {} kv heads", a.heads, a.kv_heads);
   CheckHeads(op, "q", q, q.shape, q.dtype);
-  CheckHeads(op, "out", out, q.shape, q.dtype);
   CheckHeads(op, "k", k, {a.batch, a.keys, a.kv_heads, a.head_dim}, q.dtype);
   CheckHeads(op, "v", v, k.shape, q.dtype);
   CheckArray(op, "lse", lse, {a.batch, a.heads, a.queries}, AccumulatorDType(q.dtype));
@@ -93,51 +94,17 @@ int64_t PiecesPerKvHead(const AttentionProblem& a, int threads, double busy) {
   return Blocks(4 * threads, whole);
 }
 
-}  // namespace
-
-void Attention(const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
-               const View& v, const View& q_document, const View& k_document,
-               const AttentionOptions& options) {
-  const AttentionProblem a =
-      MakeProblem("Attention", out, lse, q, k, v, q_document, k_document, options);
-  if (q.numel() == 0) return;
-  const int threads = KernelThreads();
-  const int64_t pieces = PiecesPerKvHead(a, threads, 0.9);
-  // Heads of a group share packed keys, so a kv head is cut along the queries first.
-  const int64_t blocks = Blocks(a.queries, kQueryBlock);
-  const int64_t block_pieces = std::min(pieces, blocks);
-  const int64_t head_pieces = std::min(Blocks(pieces, block_pieces), a.group());
-  const int64_t unit_heads = Blocks(a.group(), head_pieces);
-  const bool streamed =
-      block_pieces == blocks && (unit_heads == 1 || a.queries * unit_heads <= kQueryBlock);
-  std::vector<AttentionUnit> units;
-  for (int64_t p = block_pieces - 1; p >= 0; --p)  // with a causal mask the last have most to do
-    for (int64_t b = 0; b < a.batch; ++b)
-      for (int64_t h = 0; h < a.kv_heads; ++h)
-        for (int64_t g = 0; g < head_pieces; ++g)
-          units.push_back({b, h, h * a.group() + a.group() * g / head_pieces,
-                           h * a.group() + a.group() * (g + 1) / head_pieces,
-                           blocks * p / block_pieces * kQueryBlock,
-                           std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
-                           a.keys, false, false, streamed});
-  const int64_t keys = streamed ? kKeyTile : MostKeys(a, units);
-  const bool pairs = HasBf16Dot();
-  RunUnits(
-      stream, units, AttentionScratch(a, pairs, keys), threads,
-      [&](const AttentionUnit& u, char* scratch) { RunAttentionUnit(a, pairs, keys, u, scratch); });
+void CheckGradients(const char* op, AttentionProblem& a, const View& dq, const View& dk,
+                    const View& dv, const View& dout, DType dtype) {
+  CheckHeads(op, "dq", dq, a.q.shape, dtype);
+  CheckHeads(op, "dout", dout, a.q.shape, a.q.dtype);
+  CheckHeads(op, "dk", dk, a.k.shape, dtype);
+  CheckHeads(op, "dv", dv, a.k.shape, dtype);
+  a.dq = dq, a.dk = dk, a.dv = dv, a.dout = dout;
 }
 
-void AttentionBackward(const Stream& stream, const View& dq, const View& dk, const View& dv,
-                       const View& dout, const View& q, const View& k, const View& v,
-                       const View& out, const View& lse, const View& q_document,
-                       const View& k_document, const AttentionOptions& options) {
-  const char* op = "AttentionBackward";
-  AttentionProblem a = MakeProblem(op, out, lse, q, k, v, q_document, k_document, options);
-  CheckHeads(op, "dq", dq, q.shape, q.dtype);
-  CheckHeads(op, "dout", dout, q.shape, q.dtype);
-  CheckHeads(op, "dk", dk, k.shape, q.dtype);
-  CheckHeads(op, "dv", dv, k.shape, q.dtype);
-  a.dq = dq, a.dk = dk, a.dv = dv, a.dout = dout;
+// The problem's gradients: delta is known.
+void RunBackward(const Stream& stream, const AttentionProblem& a) {
   if (a.batch == 0 || a.heads == 0 || a.head_dim == 0) return;
   const int threads = KernelThreads();
   // Apart, dQ and dK, dV take 7 products where together they take 5, but any number of threads.
@@ -173,6 +140,69 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
            [&](const AttentionUnit& u, char* scratch) {
              RunAttentionBackwardUnit(a, pairs, keys, u, scratch);
            });
+}
+
+}  // namespace
+
+void Attention(const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
+               const View& v, const View& q_document, const View& k_document,
+               const AttentionOptions& options) {
+  AttentionProblem a = MakeProblem("Attention", lse, q, k, v, q_document, k_document, options);
+  const bool wide = out.dtype != q.dtype;
+  CheckHeads("Attention", "out", out, q.shape, wide ? AccumulatorDType(q.dtype) : q.dtype);
+  a.out = out;
+  if (q.numel() == 0) return;
+  const int threads = KernelThreads();
+  const int64_t pieces = PiecesPerKvHead(a, threads, 0.9);
+  // Heads of a group share packed keys, so a kv head is cut along the queries first.
+  const int64_t blocks = Blocks(a.queries, kQueryBlock);
+  const int64_t block_pieces = std::min(pieces, blocks);
+  const int64_t head_pieces = std::min(Blocks(pieces, block_pieces), a.group());
+  const int64_t unit_heads = Blocks(a.group(), head_pieces);
+  const bool streamed =
+      block_pieces == blocks && (unit_heads == 1 || a.queries * unit_heads <= kQueryBlock);
+  std::vector<AttentionUnit> units;
+  for (int64_t p = block_pieces - 1; p >= 0; --p)  // with a causal mask the last have most to do
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        for (int64_t g = 0; g < head_pieces; ++g)
+          units.push_back({b, h, h * a.group() + a.group() * g / head_pieces,
+                           h * a.group() + a.group() * (g + 1) / head_pieces,
+                           blocks * p / block_pieces * kQueryBlock,
+                           std::min(a.queries, blocks * (p + 1) / block_pieces * kQueryBlock), 0,
+                           a.keys, false, false, streamed});
+  const int64_t keys = streamed ? kKeyTile : MostKeys(a, units);
+  const bool pairs = HasBf16Dot();
+  RunUnits(
+      stream, units, AttentionScratch(a, pairs, keys), threads,
+      [&](const AttentionUnit& u, char* scratch) { RunAttentionUnit(a, pairs, keys, u, scratch); });
+}
+
+void AttentionBackward(const Stream& stream, const View& dq, const View& dk, const View& dv,
+                       const View& dout, const View& q, const View& k, const View& v,
+                       const View& out, const View& lse, const View& q_document,
+                       const View& k_document, const AttentionOptions& options) {
+  const char* op = "AttentionBackward";
+  AttentionProblem a = MakeProblem(op, lse, q, k, v, q_document, k_document, options);
+  CheckGradients(op, a, dq, dk, dv, dout, q.dtype);
+  CheckHeads(op, "out", out, q.shape, q.dtype);
+  const Scratch delta(stream, lse.bytes());
+  a.delta = View(delta.as<void>(), lse.dtype, lse.shape);
+  AttentionDelta(stream, a.delta, dout, out);
+  RunBackward(stream, a);
+}
+
+void AttentionBackwardTile(const Stream& stream, const View& dq, const View& dk, const View& dv,
+                           const View& dout, const View& q, const View& k, const View& v,
+                           const View& lse, const View& delta, const View& q_document,
+                           const View& k_document, const AttentionOptions& options) {
+  const char* op = "AttentionBackwardTile";
+  AttentionProblem a = MakeProblem(op, lse, q, k, v, q_document, k_document, options);
+  CheckGradients(op, a, dq, dk, dv, dout, lse.dtype);
+  CheckArray(op, "delta", delta, lse.shape, lse.dtype);
+  a.delta = delta;
+  a.add = true;
+  RunBackward(stream, a);
 }
 
 }  // namespace shoal::kernels::cpu

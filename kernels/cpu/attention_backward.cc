@@ -68,11 +68,11 @@ class Backward {
       for (int64_t n = u.head_begin; n < u.head_end; ++n)
         for (int64_t i = u.query_begin; i < u.query_end; i += kQueryBlock)
           Block(u, n, i, std::min(kQueryBlock, u.query_end - i), end);
-    } else if (u.dq) {
+    } else if (u.dq && !a_.add) {
       std::fill_n(dq_, padded_, Acc(0));
       for (int64_t n = u.head_begin; n < u.head_end; ++n)
         for (int64_t i = u.query_begin; i < u.query_end; ++i)
-          WriteRow(dq_, Acc(1), a_.head_dim, MutableRowOf<In>(a_.dq, u.batch, i, n));
+          GiveRow<In>(a_, dq_, Acc(1), a_.dq, u.batch, i, n);
     }
     if (u.dkv) WriteKeys(u, end);
   }
@@ -121,8 +121,8 @@ class Backward {
     }
     if (u.dq)
       for (int64_t i = 0; i < queries; ++i)
-        WriteRow(dq_ + i * padded_, static_cast<Acc>(a_.options.scale), a_.head_dim,
-                 MutableRowOf<In>(a_.dq, b, query + i, n));
+        GiveRow<In>(a_, dq_ + i * padded_, static_cast<Acc>(a_.options.scale), a_.dq, b, query + i,
+                    n);
   }
 
   void PackQueries(int64_t b, int64_t n, int64_t query, int64_t queries) {
@@ -135,27 +135,14 @@ class Backward {
       PackPairs(q_rows_, rows, padded_, q_columns_);
       PackPairs(dout_rows_, rows, padded_, dout_columns_);
     }
-    const Acc* lse = a_.lse.as<const Acc>() + (b * a_.heads + n) * a_.queries + query;
+    const int64_t first = (b * a_.heads + n) * a_.queries + query;
+    const Acc* lse = a_.lse.as<const Acc>() + first;
+    const Acc* delta = a_.delta.as<const Acc>() + first;
     // A query that sees nothing, and those beyond the last, get probability 0 everywhere.
     for (int64_t i = 0; i < kQueryBlock; ++i)
       lse_[i] = i < queries && lse[i] != -kInfinity ? static_cast<Acc>(lse[i] * ScoreUnit<Acc>())
                                                     : kInfinity;
-    for (int64_t i = 0; i < kQueryBlock; ++i)
-      delta_[i] = i < queries ? Dot(RowOf<In>(a_.dout, b, query + i, n),
-                                    RowOf<In>(a_.out, b, query + i, n), a_.head_dim)
-                              : Acc(0);
-  }
-
-  static Acc Dot(const In* x, const In* y, int64_t count) {
-    const D d;
-    const int64_t lanes = hn::Lanes(d);
-    V sum = hn::Zero(d);
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes)
-      sum = hn::MulAdd(LoadAs(d, x + i), LoadAs(d, y + i), sum);
-    if (i < count)
-      sum = hn::MulAdd(LoadFirst(d, x + i, count - i), LoadFirst(d, y + i, count - i), sum);
-    return hn::GetLane(hn::SumOfLanes(d, sum));
+    for (int64_t i = 0; i < kQueryBlock; ++i) delta_[i] = i < queries ? delta[i] : Acc(0);
   }
 
   // P = exp(S - lse) and dS = P (dP - delta) for the vector of queries at v.
@@ -214,10 +201,9 @@ class Backward {
     for (int64_t j = u.key_begin; j < u.key_end; ++j) {
       const bool touched = j >= first_key_ && j < end;
       const int64_t at = (j - first_key_) * padded_;
-      WriteRow(touched ? dk_ + at : dq_, scale, a_.head_dim,
-               MutableRowOf<In>(a_.dk, u.batch, j, u.kv_head));
-      WriteRow(touched ? dv_ + at : dq_, Acc(1), a_.head_dim,
-               MutableRowOf<In>(a_.dv, u.batch, j, u.kv_head));
+      if (a_.add && !touched) continue;
+      GiveRow<In>(a_, touched ? dk_ + at : dq_, scale, a_.dk, u.batch, j, u.kv_head);
+      GiveRow<In>(a_, touched ? dv_ + at : dq_, Acc(1), a_.dv, u.batch, j, u.kv_head);
     }
   }
 

@@ -187,7 +187,11 @@ class Forward {
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t t = a_.QueryOf(query + i), head = n + (query + i) % a_.fold;
       lse[(b * a_.heads + head) * a_.queries + t] = max_[i];
-      WriteRow(out_ + i * padded_, rescale_[i], a_.head_dim, MutableRowOf<In>(a_.out, b, t, head));
+      const Acc* row = out_ + i * padded_;
+      if (a_.out.dtype == a_.q.dtype)
+        WriteRow(row, rescale_[i], a_.head_dim, MutableRowOf<In>(a_.out, b, t, head));
+      else
+        WriteRow(row, rescale_[i], a_.head_dim, MutableRowOf<Acc>(a_.out, b, t, head));
     }
   }
 

@@ -28,7 +28,8 @@ constexpr int64_t RoundUp(int64_t n, int64_t unit) { return RoundDown(n + unit -
 
 struct AttentionProblem {
   View out, lse, q, k, v, q_document, k_document;
-  View dq, dk, dv, dout;  // backward only
+  View dq, dk, dv, dout, delta;  // backward only
+  bool add = false;              // to dq, dk and dv, which are then as wide as sums
   AttentionOptions options;
   int64_t batch = 0, queries = 0, keys = 0, heads = 0, kv_heads = 0, head_dim = 0;
   // Rows of scores per query: more than one where a few queries of several heads, which share their

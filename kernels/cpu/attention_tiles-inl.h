@@ -286,6 +286,18 @@ HWY_INLINE void WriteRow(const Acc* from, Acc scale, int64_t h, In* to) {
       h, [scale](auto d, auto v) HWY_ATTR { return hn::Mul(v, hn::Set(d, scale)); }, to, from);
 }
 
+// The same of a row of gradients: added to what is there, if that is asked for.
+template <class In, class Acc>
+HWY_INLINE void GiveRow(const AttentionProblem& a, const Acc* from, Acc scale, const View& to,
+                        int64_t b, int64_t t, int64_t n) {
+  if (!a.add) return WriteRow(from, scale, a.head_dim, MutableRowOf<In>(to, b, t, n));
+  Acc* sums = MutableRowOf<Acc>(to, b, t, n);
+  Map<Acc>(
+      a.head_dim,
+      [scale](auto d, auto v, auto sum) HWY_ATTR { return hn::MulAdd(v, hn::Set(d, scale), sum); },
+      sums, from, static_cast<const Acc*>(sums));
+}
+
 // --- exponentials --------------------------------------------------------------------------------
 
 // Scores are multiplied by ScoreUnit() * options.scale, and Power() is the exponential in those

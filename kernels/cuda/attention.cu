@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "kernels/attention.h"
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/checks.h"
@@ -64,6 +66,56 @@ __global__ void DeltaKernel(Accumulator<T>* delta, Heads<const T> dout, Heads<co
   if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
+// One softmax's result into another's. One warp per row.
+template <class T>
+__global__ void MergeKernel(Heads<Accumulator<T>> out, Accumulator<T>* lse, int64_t lse_batch,
+                            int64_t lse_head, Heads<const T> part, const Accumulator<T>* lse_part,
+                            int64_t part_batch, int64_t part_head, AttentionProblem p) {
+  using A = Accumulator<T>;
+  constexpr A kNothing = -std::numeric_limits<A>::infinity();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kDeltaWarps + threadIdx.x / 32;
+  if (row >= p.batch * p.heads * p.mask.queries) return;  // the same for the whole warp
+  int64_t t, n;
+  const int64_t b = DivMod(DivMod(row, p.mask.queries, &t), p.heads, &n);
+  A& mine = lse[b * lse_batch + n * lse_head + t];
+  const A old = mine, other = lse_part[b * part_batch + n * part_head + t];
+  if (other == kNothing) return;
+  const bool first = old == kNothing;
+  const A top = old > other ? old : other;
+  const A weight = first ? A(0) : exp(old - top), weight_part = first ? A(1) : exp(other - top);
+  const A sum = weight + weight_part;
+  A* x = out.Row(b, t, n);
+  const T* y = part.Row(b, t, n);
+  for (int h = threadIdx.x % 32; h < p.head_dim; h += 32)
+    x[h] = first ? Widen<A>(y[h]) : weight / sum * x[h] + weight_part / sum * Widen<A>(y[h]);
+  __syncwarp();  // all have read the old value
+  if (threadIdx.x % 32 == 0) mine = first ? other : top + log(sum);
+}
+
+// The rows of x [B, T, N, H] as those of a problem's queries.
+AttentionProblem RowsOf(const View& x) {
+  AttentionProblem problem;
+  problem.batch = x.dim(0);
+  problem.heads = x.dim(2);
+  problem.head_dim = static_cast<int>(x.dim(3));
+  problem.mask.queries = x.dim(1);
+  return problem;
+}
+
+void CheckGradients(const char* op, const AttentionBackwardArguments& a, DType dtype) {
+  CheckHeads(op, "dq", a.dq, a.q.shape, dtype);
+  CheckHeads(op, "dk", a.dk, a.k.shape, dtype);
+  CheckHeads(op, "dv", a.dv, a.k.shape, dtype);
+  CheckHeads(op, "dout", a.dout, a.q.shape, a.q.dtype);
+}
+
+void RunBackward(const Stream& stream, const char* op, const AttentionBackwardArguments& a) {
+  if (MmaAttentionApplies(a.q))
+    MmaAttentionBackward(stream, op, a);
+  else
+    PlainAttentionBackward(stream, op, a);
+}
+
 }  // namespace
 
 void Attention(const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
@@ -72,12 +124,28 @@ void Attention(const Stream& stream, const View& out, const View& lse, const Vie
   const char* op = "Attention";
   AttentionArguments a = {out, lse, q, k, v, {}};
   a.problem = MakeProblem(op, q, k, v, lse, q_document, k_document, options);
-  CheckHeads(op, "out", out, q.shape, q.dtype);
+  const bool wide = out.dtype != q.dtype;
+  CheckHeads(op, "out", out, q.shape, wide ? AccumulatorDType(q.dtype) : q.dtype);
   if (lse.numel() == 0) return;
   if (MmaAttentionApplies(q))
     MmaAttention(stream, op, a);
   else
     PlainAttention(stream, op, a);
+}
+
+void AttentionDelta(const Stream& stream, const View& delta, const View& dout, const View& out) {
+  const char* op = "AttentionDelta";
+  CheckRank(op, "out", out, 4);
+  CheckComputeDType(op, "out", out);
+  CheckHeads(op, "out", out, out.shape, out.dtype);
+  CheckHeads(op, "dout", dout, out.shape, out.dtype);
+  CheckArray(op, "delta", delta, {out.dim(0), out.dim(2), out.dim(1)}, AccumulatorDType(out.dtype));
+  VisitFloat(out.dtype, op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Launch(stream, op, DeltaKernel<T>, GridSize(op, CeilDiv(delta.numel(), kDeltaWarps)),
+           32 * kDeltaWarps, 0, delta.as<Accumulator<T>>(), Heads<const T>(dout),
+           Heads<const T>(out), RowsOf(out));
+  });
 }
 
 void AttentionBackward(const Stream& stream, const View& dq, const View& dk, const View& dv,
@@ -87,23 +155,49 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
   const char* op = "AttentionBackward";
   AttentionBackwardArguments a = {dq, dk, dv, dout, q, k, v, lse, {}, {}};
   a.problem = MakeProblem(op, q, k, v, lse, q_document, k_document, options);
-  CheckHeads(op, "dq", dq, q.shape, q.dtype);
-  CheckHeads(op, "dk", dk, k.shape, q.dtype);
-  CheckHeads(op, "dv", dv, k.shape, q.dtype);
-  CheckHeads(op, "dout", dout, q.shape, q.dtype);
+  CheckGradients(op, a, q.dtype);
   CheckHeads(op, "out", out, q.shape, q.dtype);
   Scratch delta(stream, lse.bytes());
   a.delta = View(delta.as<char>(), lse.dtype, lse.shape, lse.device);
-  VisitFloat(q.dtype, op, [&](auto tag) {
+  AttentionDelta(stream, a.delta, dout, out);
+  RunBackward(stream, op, a);
+}
+
+void AttentionBackwardTile(const Stream& stream, const View& dq, const View& dk, const View& dv,
+                           const View& dout, const View& q, const View& k, const View& v,
+                           const View& lse, const View& delta, const View& q_document,
+                           const View& k_document, const AttentionOptions& options) {
+  const char* op = "AttentionBackwardTile";
+  AttentionBackwardArguments a = {dq, dk, dv, dout, q, k, v, lse, delta, {}};
+  a.add = true;
+  a.problem = MakeProblem(op, q, k, v, lse, q_document, k_document, options);
+  CheckGradients(op, a, lse.dtype);
+  CheckArray(op, "delta", delta, lse.shape, lse.dtype);
+  RunBackward(stream, op, a);
+}
+
+void MergeAttention(const Stream& stream, const View& out, const View& lse, const View& out_part,
+                    const View& lse_part) {
+  const char* op = "MergeAttention";
+  CheckRank(op, "out", out, 4);
+  CheckComputeDType(op, "out_part", out_part);
+  const DType wide = AccumulatorDType(out_part.dtype);
+  CheckHeads(op, "out", out, out.shape, wide);
+  CheckHeads(op, "out_part", out_part, out.shape, out_part.dtype);
+  for (const View& l : {lse, lse_part}) {
+    CheckShape(op, "lse", l, {out.dim(0), out.dim(2), out.dim(1)});
+    CheckDType(op, "lse", l, wide);
+    CheckUnitStride(op, "lse", l);
+    CheckPresent(op, "lse", l);
+  }
+  VisitFloat(out_part.dtype, op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Launch(stream, op, DeltaKernel<T>, GridSize(op, CeilDiv(lse.numel(), kDeltaWarps)),
-           32 * kDeltaWarps, 0, a.delta.as<Accumulator<T>>(), Heads<const T>(dout),
-           Heads<const T>(out), a.problem);
+    using A = Accumulator<T>;
+    Launch(stream, op, MergeKernel<T>, GridSize(op, CeilDiv(lse.numel(), kDeltaWarps)),
+           32 * kDeltaWarps, 0, Heads<A>(out), lse.as<A>(), lse.strides[0], lse.strides[1],
+           Heads<const T>(out_part), lse_part.as<const A>(), lse_part.strides[0],
+           lse_part.strides[1], RowsOf(out));
   });
-  if (MmaAttentionApplies(q))
-    MmaAttentionBackward(stream, op, a);
-  else
-    PlainAttentionBackward(stream, op, a);
 }
 
 }  // namespace shoal::kernels::cuda

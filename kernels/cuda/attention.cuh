@@ -109,6 +109,7 @@ struct AttentionBackwardArguments {
   View dq, dk, dv, dout, q, k, v, lse;
   View delta;  // [B, N, T] as lse: the row sums of dout out
   AttentionProblem problem;
+  bool add = false;  // to dq, dk and dv, which are then as wide as sums
 };
 
 // On tensor cores: bf16 with a head dimension of at most 128.

@@ -89,22 +89,28 @@ __device__ __forceinline__ void AddWeightedRows(float (&sums)[kDim / 8][4],
   }
 }
 
-// Writes factor[row half] * sums (16 x kDim) to rows from `first` on.
-template <int kDim>
-__device__ __forceinline__ void StoreRows(Heads<BF16> to, const AttentionTile& at, int64_t first,
+// Writes factor[row half] * sums (16 x kDim) to rows from `first` on, or adds it to f32 there.
+template <int kDim, class Out>
+__device__ __forceinline__ void StoreRows(Heads<Out> to, const AttentionTile& at, int64_t first,
                                           int64_t tokens, const float (&sums)[kDim / 8][4],
-                                          const float (&factor)[2], int head_dim, bool vector) {
+                                          const float (&factor)[2], int head_dim, bool vector,
+                                          bool add = false) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first + FragmentRow(2 * half);
     if (row >= tokens) continue;
-    BF16* out = to.Row(at.b, row, at.n);
+    Out* out = to.Row(at.b, row, at.n);
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
       const int h = 8 * t + FragmentColumn(0);
       const float pair[2] = {factor[half] * sums[t][2 * half],
                              factor[half] * sums[t][2 * half + 1]};
-      if (h < head_dim) StoreChunk(out + h, pair, head_dim - h, vector);
+      if constexpr (std::is_same_v<Out, BF16>) {
+        if (h < head_dim) StoreChunk(out + h, pair, head_dim - h, vector);
+      } else {
+        for (int e = 0; e < 2 && h + e < head_dim; ++e)
+          out[h + e] = add ? out[h + e] + pair[e] : pair[e];
+      }
     }
   }
 }
@@ -116,9 +122,9 @@ __device__ __forceinline__ float RowReduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-template <int kDim>
+template <int kDim, class Out>
 __global__ void __launch_bounds__(kThreads)
-    ForwardKernel(Heads<BF16> out, float* lse, Heads<const BF16> q, Heads<const BF16> k,
+    ForwardKernel(Heads<Out> out, float* lse, Heads<const BF16> q, Heads<const BF16> k,
                   Heads<const BF16> v, AttentionProblem p, bool vector_in, bool vector_out) {
   const AttentionTile at(p.mask.queries, p.heads, kRows, p.mask.causal);
   const AttentionMask mask = p.mask.ForBatch(at.b);
@@ -207,11 +213,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dq = scale dS k with dS = P (dout v^T - delta), P = exp(scale q k^T - lse).
-template <int kDim>
+template <int kDim, class Out>
 __global__ void __launch_bounds__(kThreads)
-    QueryGradientKernel(Heads<BF16> dq, Heads<const BF16> dout, Heads<const BF16> q,
+    QueryGradientKernel(Heads<Out> dq, Heads<const BF16> dout, Heads<const BF16> q,
                         Heads<const BF16> k, Heads<const BF16> v, const float* lse,
-                        const float* delta, AttentionProblem p, bool vector_in, bool vector_out) {
+                        const float* delta, AttentionProblem p, bool vector_in, bool vector_out,
+                        bool add) {
   const AttentionTile at(p.mask.queries, p.heads, kRows, p.mask.causal);
   const AttentionMask mask = p.mask.ForBatch(at.b);
   const int64_t kv_head = at.n / (p.heads / p.kv_heads);
@@ -264,16 +271,17 @@ __global__ void __launch_bounds__(kThreads)
   }
   WaitForCopies<0>();  // where there was no key to see
   const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
-  StoreRows<kDim>(dq, at, first, mask.queries, sums, factor, p.head_dim, vector_out);
+  StoreRows<kDim>(dq, at, first, mask.queries, sums, factor, p.head_dim, vector_out, add);
 }
 
 // dv = P^T dout and dk = scale dS^T q, summed over the heads that share the kv head, in order. The
 // scores are computed transposed, a warp's 16 keys by kQueries.
-template <int kDim, int kQueries>
+template <int kDim, int kQueries, class Out>
 __global__ void __launch_bounds__(kThreads)
-    KeyGradientKernel(Heads<BF16> dk, Heads<BF16> dv, Heads<const BF16> dout, Heads<const BF16> q,
+    KeyGradientKernel(Heads<Out> dk, Heads<Out> dv, Heads<const BF16> dout, Heads<const BF16> q,
                       Heads<const BF16> k, Heads<const BF16> v, const float* lse,
-                      const float* delta, AttentionProblem p, bool vector_in, bool vector_out) {
+                      const float* delta, AttentionProblem p, bool vector_in, bool vector_out,
+                      bool add) {
   static_assert(kQueries <= kThreads);
   const AttentionTile at(p.mask.keys, p.kv_heads, kRows, false);
   const AttentionMask mask = p.mask.ForBatch(at.b);
@@ -329,8 +337,8 @@ __global__ void __launch_bounds__(kThreads)
   WaitForCopies<0>();  // where no query sees these keys
   const float one[2] = {1.0f, 1.0f};
   const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
-  StoreRows<kDim>(dv, at, first, mask.keys, dv_sums, one, p.head_dim, vector_out);
-  StoreRows<kDim>(dk, at, first, mask.keys, dk_sums, factor, p.head_dim, vector_out);
+  StoreRows<kDim>(dv, at, first, mask.keys, dv_sums, one, p.head_dim, vector_out, add);
+  StoreRows<kDim>(dk, at, first, mask.keys, dk_sums, factor, p.head_dim, vector_out, add);
 }
 
 template <int kDim>
@@ -338,11 +346,18 @@ constexpr size_t TileBytes(int rows) {
   return static_cast<size_t>(rows) * kStep<kDim> * sizeof(BF16);
 }
 
-// f(std::integral_constant<int, kDim>) with the head dimension rounded up to one that is compiled.
+// f(std::integral_constant<int, kDim>, TypeTag<Out>) with the head dimension rounded up to one that
+// is compiled, and the result's type.
 template <class F>
-void VisitHeadDim(int64_t head_dim, F&& f) {
-  if (head_dim <= 64) return f(std::integral_constant<int, 64>{});
-  f(std::integral_constant<int, 128>{});
+void VisitResult(int64_t head_dim, const View& result, F&& f) {
+  const auto visit = [&](auto dim) {
+    if (result.dtype == DType::kBF16)
+      f(dim, TypeTag<BF16>());
+    else
+      f(dim, TypeTag<float>());
+  };
+  if (head_dim <= 64) return visit(std::integral_constant<int, 64>{});
+  visit(std::integral_constant<int, 128>{});
 }
 
 }  // namespace
@@ -354,11 +369,12 @@ bool MmaAttentionApplies(const View& q) {
 void MmaAttention(const Stream& stream, const char* op, const AttentionArguments& a) {
   const AttentionProblem& p = a.problem;
   const bool vector_in = RowsAligned16(a.q) && RowsAligned16(a.k) && RowsAligned16(a.v);
-  VisitHeadDim(p.head_dim, [&](auto dim) {
+  VisitResult(p.head_dim, a.out, [&](auto dim, auto out) {
     constexpr int kDim = decltype(dim)::value;
-    Launch(stream, op, ForwardKernel<kDim>,
+    using Out = typename decltype(out)::type;
+    Launch(stream, op, (ForwardKernel<kDim, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, kRows)), kThreads,
-           TileBytes<kDim>(kRows + 2 * kKeys), Heads<BF16>(a.out), a.lse.as<float>(),
+           TileBytes<kDim>(kRows + 2 * kKeys), Heads<Out>(a.out), a.lse.as<float>(),
            Heads<const BF16>(a.q), Heads<const BF16>(a.k), Heads<const BF16>(a.v), p, vector_in,
            RowsAligned16(a.out));
   });
@@ -370,19 +386,20 @@ void MmaAttentionBackward(const Stream& stream, const char* op,
   const bool vector_in =
       RowsAligned16(a.q) && RowsAligned16(a.k) && RowsAligned16(a.v) && RowsAligned16(a.dout);
   const Heads<const BF16> dout(a.dout), q(a.q), k(a.k), v(a.v);
-  VisitHeadDim(p.head_dim, [&](auto dim) {
+  VisitResult(p.head_dim, a.dq, [&](auto dim, auto out) {
     constexpr int kDim = decltype(dim)::value;
-    Launch(stream, op, QueryGradientKernel<kDim>,
+    using Out = typename decltype(out)::type;
+    Launch(stream, op, (QueryGradientKernel<kDim, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, kRows)), kThreads,
-           TileBytes<kDim>(2 * kRows + 2 * kKeys), Heads<BF16>(a.dq), dout, q, k, v,
-           a.lse.as<float>(), a.delta.as<float>(), p, vector_in, RowsAligned16(a.dq));
+           TileBytes<kDim>(2 * kRows + 2 * kKeys), Heads<Out>(a.dq), dout, q, k, v,
+           a.lse.as<float>(), a.delta.as<float>(), p, vector_in, RowsAligned16(a.dq), a.add);
     // With 128 columns the sums leave no registers for more queries.
     constexpr int kQueries = kDim == 64 ? 64 : 32;
-    Launch(stream, op, KeyGradientKernel<kDim, kQueries>,
+    Launch(stream, op, (KeyGradientKernel<kDim, kQueries, Out>),
            GridSize(op, p.batch * p.kv_heads * CeilDiv(p.mask.keys, kRows)), kThreads,
            TileBytes<kDim>(2 * kRows + 2 * kQueries) + 2 * kQueries * sizeof(float),
-           Heads<BF16>(a.dk), Heads<BF16>(a.dv), dout, q, k, v, a.lse.as<float>(),
-           a.delta.as<float>(), p, vector_in, RowsAligned16(a.dk) && RowsAligned16(a.dv));
+           Heads<Out>(a.dk), Heads<Out>(a.dv), dout, q, k, v, a.lse.as<float>(),
+           a.delta.as<float>(), p, vector_in, RowsAligned16(a.dk) && RowsAligned16(a.dv), a.add);
   });
 }
 

@@ -31,12 +31,16 @@ __device__ void LoadTile(A* tile, int step, const T* from, int64_t token_stride,
   }
 }
 
+// `add`: to what is there.
 template <class A, class T>
 __device__ void StoreTile(T* to, int64_t token_stride, const A* tile, int step, int rows,
-                          int64_t valid, int head_dim) {
+                          int64_t valid, int head_dim, bool add = false) {
   for (int i = threadIdx.x; i < rows * head_dim; i += kThreads) {
     const int r = i / head_dim, h = i - r * head_dim;
-    if (r < valid) to[r * token_stride + h] = NarrowTo<T>(tile[r * step + h]);
+    if (r >= valid) continue;
+    T& sum = to[r * token_stride + h];
+    const A x = tile[r * step + h];
+    sum = NarrowTo<T>(add ? Widen<A>(sum) + x : x);
   }
 }
 
@@ -122,9 +126,9 @@ __device__ __forceinline__ void AddProduct(A* sums, const A* row_factor, const A
   }
 }
 
-template <class T>
+template <class T, class Out>
 __global__ void __launch_bounds__(kThreads)
-    ForwardKernel(Heads<T> out, Accumulator<T>* lse, Heads<const T> q, Heads<const T> k,
+    ForwardKernel(Heads<Out> out, Accumulator<T>* lse, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, AttentionProblem p, TileShape tile) {
   using A = Accumulator<T>;
   constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
@@ -211,11 +215,11 @@ __device__ void LoadStatistics(A* lse_tile, A* delta_tile, const A* lse, const A
 }
 
 // dq = scale dS k with dS = P (dout v^T - delta), P = exp(scale q k^T - lse).
-template <class T>
+template <class T, class Out>
 __global__ void __launch_bounds__(kThreads)
-    QueryGradientKernel(Heads<T> dq, Heads<const T> dout, Heads<const T> q, Heads<const T> k,
+    QueryGradientKernel(Heads<Out> dq, Heads<const T> dout, Heads<const T> q, Heads<const T> k,
                         Heads<const T> v, const Accumulator<T>* lse, const Accumulator<T>* delta,
-                        AttentionProblem p, TileShape tile) {
+                        AttentionProblem p, TileShape tile, bool add) {
   using A = Accumulator<T>;
   const AttentionTile at(p.mask.queries, p.heads, tile.queries, p.mask.causal);
   const AttentionMask mask = p.mask.ForBatch(at.b);
@@ -257,15 +261,16 @@ __global__ void __launch_bounds__(kThreads)
                tile.queries, tile.keys, step, head_dim);
   }
   __syncthreads();
-  StoreTile(dq.Row(at.b, at.first, at.n), dq.token, dq_tile, step, tile.queries, valid, head_dim);
+  StoreTile(dq.Row(at.b, at.first, at.n), dq.token, dq_tile, step, tile.queries, valid, head_dim,
+            add);
 }
 
 // dv = P^T dout and dk = scale dS^T q, summed over the heads that share the kv head, in order.
-template <class T>
+template <class T, class Out>
 __global__ void __launch_bounds__(kThreads)
-    KeyGradientKernel(Heads<T> dk, Heads<T> dv, Heads<const T> dout, Heads<const T> q,
+    KeyGradientKernel(Heads<Out> dk, Heads<Out> dv, Heads<const T> dout, Heads<const T> q,
                       Heads<const T> k, Heads<const T> v, const Accumulator<T>* lse,
-                      const Accumulator<T>* delta, AttentionProblem p, TileShape tile) {
+                      const Accumulator<T>* delta, AttentionProblem p, TileShape tile, bool add) {
   using A = Accumulator<T>;
   const AttentionTile at(p.mask.keys, p.kv_heads, tile.keys, false);
   const AttentionMask mask = p.mask.ForBatch(at.b);
@@ -313,8 +318,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  StoreTile(dk.Row(at.b, at.first, at.n), dk.token, dk_tile, step, tile.keys, valid, head_dim);
-  StoreTile(dv.Row(at.b, at.first, at.n), dv.token, dv_tile, step, tile.keys, valid, head_dim);
+  StoreTile(dk.Row(at.b, at.first, at.n), dk.token, dk_tile, step, tile.keys, valid, head_dim, add);
+  StoreTile(dv.Row(at.b, at.first, at.n), dv.token, dv_tile, step, tile.keys, valid, head_dim, add);
 }
 
 // Tiles in shared memory: of queries, of keys, and of scores.
@@ -348,17 +353,30 @@ TileShape ChooseTile(const Stream& stream, const char* op, const AttentionProble
              p.head_dim);
 }
 
+// f(TypeTag<T>, TypeTag<Out>) for arguments of `dtype` and a result of that or of sums' dtype.
+template <class F>
+void VisitResult(DType dtype, DType result, const char* op, F&& f) {
+  VisitFloat(dtype, op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (dtype == result)
+      f(tag, tag);
+    else
+      f(tag, TypeTag<Accumulator<T>>());
+  });
+}
+
 }  // namespace
 
 void PlainAttention(const Stream& stream, const char* op, const AttentionArguments& a) {
   const AttentionProblem& p = a.problem;
-  VisitFloat(a.q.dtype, op, [&](auto tag) {
+  VisitResult(a.q.dtype, a.out.dtype, op, [&](auto tag, auto out) {
     using T = typename decltype(tag)::type;
+    using Out = typename decltype(out)::type;
     using A = Accumulator<T>;
     const TileShape tile = ChooseTile(stream, op, p, kForwardTiles, sizeof(A));
-    Launch(stream, op, ForwardKernel<T>,
+    Launch(stream, op, (ForwardKernel<T, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, tile.queries)), kThreads,
-           kForwardTiles.Elements(tile) * sizeof(A), Heads<T>(a.out), a.lse.as<A>(),
+           kForwardTiles.Elements(tile) * sizeof(A), Heads<Out>(a.out), a.lse.as<A>(),
            Heads<const T>(a.q), Heads<const T>(a.k), Heads<const T>(a.v), p, tile);
   });
 }
@@ -366,20 +384,21 @@ void PlainAttention(const Stream& stream, const char* op, const AttentionArgumen
 void PlainAttentionBackward(const Stream& stream, const char* op,
                             const AttentionBackwardArguments& a) {
   const AttentionProblem& p = a.problem;
-  VisitFloat(a.q.dtype, op, [&](auto tag) {
+  VisitResult(a.q.dtype, a.dq.dtype, op, [&](auto tag, auto out) {
     using T = typename decltype(tag)::type;
+    using Out = typename decltype(out)::type;
     using A = Accumulator<T>;
     const Heads<const T> dout(a.dout), q(a.q), k(a.k), v(a.v);
     TileShape tile = ChooseTile(stream, op, p, kQueryGradientTiles, sizeof(A));
-    Launch(stream, op, QueryGradientKernel<T>,
+    Launch(stream, op, (QueryGradientKernel<T, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, tile.queries)), kThreads,
-           kQueryGradientTiles.Elements(tile) * sizeof(A), Heads<T>(a.dq), dout, q, k, v,
-           a.lse.as<A>(), a.delta.as<A>(), p, tile);
+           kQueryGradientTiles.Elements(tile) * sizeof(A), Heads<Out>(a.dq), dout, q, k, v,
+           a.lse.as<A>(), a.delta.as<A>(), p, tile, a.add);
     tile = ChooseTile(stream, op, p, kKeyGradientTiles, sizeof(A));
-    Launch(stream, op, KeyGradientKernel<T>,
+    Launch(stream, op, (KeyGradientKernel<T, Out>),
            GridSize(op, p.batch * p.kv_heads * CeilDiv(p.mask.keys, tile.keys)), kThreads,
-           kKeyGradientTiles.Elements(tile) * sizeof(A), Heads<T>(a.dk), Heads<T>(a.dv), dout, q, k,
-           v, a.lse.as<A>(), a.delta.as<A>(), p, tile);
+           kKeyGradientTiles.Elements(tile) * sizeof(A), Heads<Out>(a.dk), Heads<Out>(a.dv), dout,
+           q, k, v, a.lse.as<A>(), a.delta.as<A>(), p, tile, a.add);
   });
 }
 

@@ -101,25 +101,46 @@ void ForwardDefinition(const AttentionOptions& o, Array& out, Array& lse, const 
 
 enum Argument { kDq, kDk, kDv, kDout, kQ, kK, kV, kOutput, kLse, kQDocument, kKDocument };
 
-void BackwardDefinition(const AttentionOptions& o, Arrays& a) {
-  for (int i : {kDq, kDk, kDv}) a[i].v.assign(a[i].numel(), 0);
-  const int64_t heads = a[kQ].dim(2), dim = a[kQ].dim(3);
-  Definition(o, a[kQ], a[kK], a[kQDocument], a[kKDocument], a[kLse], true,
+// delta(b, n, i) = the sum of dout out.
+void DeltaDefinition(Array& delta, const Array& dout, const Array& out) {
+  const int64_t heads = out.dim(2), dim = out.dim(3);
+  for (int64_t b = 0; b < out.dim(0); ++b)
+    for (int64_t i = 0; i < out.dim(1); ++i)
+      for (int64_t n = 0; n < heads; ++n) {
+        const double *x = Row(dout, b, i, n, heads), *y = Row(out, b, i, n, heads);
+        double& sum = delta(b, n, i) = 0;
+        for (int64_t h = 0; h < dim; ++h) sum += x[h] * y[h];
+      }
+}
+
+// Adds to dq, dk and dv.
+void AddGradients(const AttentionOptions& o, Array& dq, Array& dk, Array& dv, const Array& dout,
+                  const Array& q, const Array& k, const Array& v, Array& lse, Array& delta,
+                  const Array& q_document, const Array& k_document) {
+  const int64_t heads = q.dim(2), dim = q.dim(3);
+  Definition(o, q, k, q_document, k_document, lse, true,
              [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
-               const double *dout = Row(a[kDout], b, i, n, heads), *q = Row(a[kQ], b, i, n, heads),
-                            *out = Row(a[kOutput], b, i, n, heads);
-               const double *k = Row(a[kK], b, j, n, heads), *v = Row(a[kV], b, j, n, heads);
+               const double *dy = Row(dout, b, i, n, heads), *x = Row(q, b, i, n, heads);
+               const double *y = Row(k, b, j, n, heads), *z = Row(v, b, j, n, heads);
                double dp = 0;
-               for (int64_t h = 0; h < dim; ++h) dp += dout[h] * (v[h] - out[h]);
-               const double ds = p * dp * o.scale;
-               double *dq = Row(a[kDq], b, i, n, heads), *dk = Row(a[kDk], b, j, n, heads),
-                      *dv = Row(a[kDv], b, j, n, heads);
+               for (int64_t h = 0; h < dim; ++h) dp += dy[h] * z[h];
+               const double ds = p * (dp - delta(b, n, i)) * o.scale;
+               double *to_q = Row(dq, b, i, n, heads), *to_k = Row(dk, b, j, n, heads),
+                      *to_v = Row(dv, b, j, n, heads);
                for (int64_t h = 0; h < dim; ++h) {
-                 dq[h] += ds * k[h];
-                 dk[h] += ds * q[h];
-                 dv[h] += p * dout[h];
+                 to_q[h] += ds * y[h];
+                 to_k[h] += ds * x[h];
+                 to_v[h] += p * dy[h];
                }
              });
+}
+
+void BackwardDefinition(const AttentionOptions& o, Arrays& a) {
+  for (int i : {kDq, kDk, kDv}) a[i].v.assign(a[i].numel(), 0);
+  Array delta = a[kLse];
+  DeltaDefinition(delta, a[kDout], a[kOutput]);
+  AddGradients(o, a[kDq], a[kDk], a[kDv], a[kDout], a[kQ], a[kK], a[kV], a[kLse], delta,
+               a[kQDocument], a[kKDocument]);
 }
 
 Arg Documents(const std::vector<double>& values, int64_t batch, int64_t tokens) {
@@ -127,11 +148,12 @@ Arg Documents(const std::vector<double>& values, int64_t batch, int64_t tokens) 
   return In(DType::kI32, {batch, tokens}).Values(values);
 }
 
-Case ForwardCase(DType t, const Setup& s) {
+// `wide`: the result as wide as sums.
+Case ForwardCase(DType t, const Setup& s, bool wide = false) {
   const Dims q{s.batch, s.queries, s.heads, s.head_dim}, k{s.batch, s.keys, s.kv_heads, s.head_dim};
   const AttentionOptions o = s.options();
-  Case c{.name = fmt::format("Attention/{}/{}", Name(t), s.name)};
-  c.args = {Laid(s.layout, Out(t, q)),
+  Case c{.name = fmt::format("Attention/{}{}/{}", Name(t), wide ? "_to_f32" : "", s.name)};
+  c.args = {Laid(s.layout, Out(wide ? AccumulatorDType(t) : t, q)),
             Out(AccumulatorDType(t), {s.batch, s.heads, s.queries}),
             Laid(s.layout, In(t, q)).Range(-s.range, s.range),
             Laid(s.layout, In(t, k)).Range(-s.range, s.range),
@@ -143,6 +165,7 @@ Case ForwardCase(DType t, const Setup& s) {
   };
   c.reference = [o](Arrays& a) { ForwardDefinition(o, a[0], a[1], a[2], a[3], a[4], a[5], a[6]); };
   c.tolerance = s.tolerance;
+  if (wide) c.tolerance.f32 = s.tolerance.bf16;  // probabilities are rounded
   return c;
 }
 
@@ -184,6 +207,41 @@ Case BackwardCase(DType t, const Setup& s) {
     c.gradient.of = {{kDq, kQ}, {kDk, kK}, {kDv, kV}};
   }
   c.tolerance = s.tolerance;
+  return c;
+}
+
+// Adds to gradients as a part of the keys does: lse and delta are those of a larger sum.
+Case TileCase(DType t, const Setup& s) {
+  const Dims q{s.batch, s.queries, s.heads, s.head_dim}, k{s.batch, s.keys, s.kv_heads, s.head_dim};
+  const Dims statistics{s.batch, s.heads, s.queries};
+  const AttentionOptions o = s.options();
+  const DType wide = AccumulatorDType(t);
+  Case c{.name = fmt::format("AttentionBackwardTile/{}/{}", Name(t), s.name)};
+  c.args = {Laid(s.layout, InOut(wide, q)),
+            Laid(s.layout, InOut(wide, k)),
+            Laid(s.layout, InOut(wide, k)),
+            Laid(s.layout, In(t, q)),
+            Laid(s.layout, In(t, q)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)).Range(-s.range, s.range),
+            Laid(s.layout, In(t, k)),
+            In(wide, statistics),
+            In(wide, statistics),
+            Documents(s.q_document, s.batch, s.queries),
+            Documents(s.k_document, s.batch, s.keys)};
+  c.kernel = [o](const Stream& stream, const Views& a) {
+    AttentionBackwardTile(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
+                          o);
+  };
+  c.prepare = [o](Arrays& a) {
+    Array out = a[4];
+    ForwardDefinition(o, out, a[7], a[4], a[5], a[6], a[9], a[10]);
+    for (double& l : a[7].v) l += 0.5;
+  };
+  c.reference = [o](Arrays& a) {
+    AddGradients(o, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
+  };
+  c.tolerance = s.tolerance;
+  if (t == DType::kBF16) c.tolerance.f32 = s.tolerance.bf16;  // probabilities are rounded
   return c;
 }
 
@@ -366,6 +424,8 @@ const CaseFile kCases([](std::vector<Case>& cases) {
     for (const Setup& s : Setups()) {
       cases.push_back(ForwardCase(t, s));
       cases.push_back(BackwardCase(t, s));
+      cases.push_back(TileCase(t, s));
+      if (t == DType::kBF16) cases.push_back(ForwardCase(t, s, true));
     }
     const double nan = std::nan("");
     Case c = ForwardCase(t, {.name = "nan_query"});

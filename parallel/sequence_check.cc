@@ -1,0 +1,273 @@
+// What a schedule must fulfil; see parallel/sequence_schedule.h.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <tuple>
+
+#include "core/base/error.h"
+#include "parallel/sequence_schedule.h"
+
+namespace shoal {
+namespace {
+
+bool Inside(const SequenceRows& rows, const SequenceRows& all) {
+  return rows.range == all.range && rows.first >= all.first &&
+         rows.first + rows.count <= all.first + all.count;
+}
+bool Overlap(const SequenceRows& a, const SequenceRows& b) {
+  return a.range == b.range && a.first < b.first + b.count && b.first < a.first + a.count;
+}
+
+// A tile's share in its queries' results, or in its keys' gradients: of these rows.
+struct Share {
+  int tile;
+  SequenceRows rows;
+};
+
+class Checker {
+ public:
+  explicit Checker(const SequenceSchedule& schedule) : s_(schedule) {}
+
+  void Check() {
+    const std::vector<size_t> done =
+        WalkSequence(s_, true, [&](int rank, size_t i) { Visit(rank, i); });
+    for (int rank = 0; rank < s_.ranks(); ++rank) {
+      const auto r = static_cast<size_t>(rank);
+      if (done[r] < s_.actions[r].size()) Fail(rank, done[r], "waits for ever");
+    }
+    if (s_.kind == SequenceKind::kUlysses) return CheckHeads();
+    CheckCover();
+    CheckShares();
+  }
+
+ private:
+  using Key = std::tuple<int, bool, int>;  // rank, of keys, owner
+
+  void Visit(int rank, size_t i) {
+    const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+    switch (a.op) {
+      case SequenceOp::kSend:
+        sent_[{rank, a.peer}].push_back(i);
+        if (Carries(a)) moving_[{rank, a.peer}].push_back(Take({rank, OfKeys(a), a.owner}, a.rows));
+        break;
+      case SequenceOp::kReceive: {
+        auto& queue = sent_[{a.peer, rank}];
+        if (!s_.actions[static_cast<size_t>(a.peer)][queue.front()].SameMessage(a))
+          Fail(rank, i, "rank {} sends something else: {}", a.peer,
+               ActionText(s_.actions[static_cast<size_t>(a.peer)][queue.front()]));
+        queue.pop_front();
+        if (Carries(a)) {
+          if (inbox_.contains(rank)) Fail(rank, i, "what was received before is not merged");
+          auto& moving = moving_[{a.peer, rank}];
+          inbox_[rank] = moving.front();
+          moving.pop_front();
+        } else {
+          auto& held = held_[{rank, a.payload == SequencePayload::kKeyValue, a.owner}];
+          held.insert(held.end(), a.rows.begin(), a.rows.end());
+          if (a.payload == SequencePayload::kHeads) ++arrived_[rank];
+          if (a.payload == SequencePayload::kHeadsResult) ++returned_[rank];
+        }
+        break;
+      }
+      case SequenceOp::kMerge: {
+        if (!inbox_.contains(rank)) Fail(rank, i, "nothing was received, or it is merged already");
+        auto& shares = shares_[{rank, OfKeys(a), a.owner}];
+        shares.insert(shares.end(), inbox_[rank].begin(), inbox_[rank].end());
+        inbox_.erase(rank);
+        break;
+      }
+      case SequenceOp::kTile:
+        tiles_.emplace_back(rank, i);
+        if (a.owner == SequenceAction::kEverybody) break;
+        Need(rank, i, false, a.owner, a.rows[0]);
+        Need(rank, i, true, a.key_owner, a.keys);
+        const int tile = static_cast<int>(tiles_.size()) - 1;
+        shares_[{rank, false, a.owner}].push_back({tile, a.rows[0]});
+        if (s_.pass == SequencePass::kBackward)
+          shares_[{rank, true, a.key_owner}].push_back({tile, a.keys});
+        break;
+    }
+  }
+
+  // Whether a message holds results or gradients.
+  static bool Carries(const SequenceAction& a) {
+    return a.payload == SequencePayload::kResult || a.payload == SequencePayload::kKeyValueGradient;
+  }
+  static bool OfKeys(const SequenceAction& a) {
+    return a.payload == SequencePayload::kKeyValueGradient;
+  }
+
+  std::vector<Share> Take(const Key& key, const std::vector<SequenceRows>& rows) {
+    std::vector<Share> taken, left;
+    for (const Share& share : shares_[key]) {
+      std::vector<SequenceRows> rest = {share.rows};
+      for (const SequenceRows& r : rows) {
+        std::vector<SequenceRows> pieces;
+        for (const SequenceRows& p : rest) {
+          const int64_t first = std::max(p.first, r.first);
+          const int64_t end = std::min(p.first + p.count, r.first + r.count);
+          if (p.range != r.range || first >= end) {
+            pieces.push_back(p);
+            continue;
+          }
+          taken.push_back({share.tile, {p.range, first, end - first}});
+          if (p.first < first) pieces.push_back({p.range, p.first, first - p.first});
+          if (end < p.first + p.count) pieces.push_back({p.range, end, p.first + p.count - end});
+        }
+        rest = pieces;
+      }
+      for (const SequenceRows& r : rest) left.push_back({share.tile, r});
+    }
+    shares_[key] = left;
+    return taken;
+  }
+
+  void Need(int rank, size_t i, bool keys, int owner, const SequenceRows& rows) {
+    if (owner == rank) return;
+    const auto& held = held_[{rank, keys, owner}];
+    if (std::ranges::none_of(held, [&](const SequenceRows& h) { return Inside(rows, h); }))
+      Fail(rank, i, "these rows of rank {} are not here", owner);
+  }
+
+  int64_t Pairs(const TokenRange& q, const TokenRange& k) const {
+    if (s_.mask.documents.empty()) return VisiblePairs(q, k, s_.mask);
+    const int64_t tokens = s_.layout.tokens();
+    int64_t pairs = 0;
+    for (size_t b = 0; b < s_.mask.documents.size(); b += static_cast<size_t>(tokens))
+      for (int64_t i = 0; i < q.count; ++i)
+        for (int64_t j = 0; j < k.count; ++j) {
+          const int64_t x = q.Token(i), y = k.Token(j);
+          pairs += (!s_.mask.causal || y <= x) && (s_.mask.window == 0 || y > x - s_.mask.window) &&
+                   s_.mask.documents[b + static_cast<size_t>(x)] ==
+                       s_.mask.documents[b + static_cast<size_t>(y)];
+        }
+    return pairs;
+  }
+
+  void CheckCover() const {
+    using Place = std::tuple<int, int, int, int>;  // owners and ranges of queries and keys
+    std::map<Place, std::vector<const SequenceAction*>> cover;
+    for (const auto& [rank, i] : tiles_) {
+      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+      auto& others = cover[{a.owner, a.rows[0].range, a.key_owner, a.keys.range}];
+      for (const SequenceAction* other : others)
+        if (Overlap(other->rows[0], a.rows[0]) && Overlap(other->keys, a.keys))
+          Fail(rank, i, "overlaps {}", ActionText(*other));
+      others.push_back(&a);
+    }
+    for (int a = 0; a < s_.ranks(); ++a)
+      for (int b = 0; b < s_.ranks(); ++b)
+        for (int i = 0; i < std::ssize(s_.layout.ranges(a)); ++i)
+          for (int j = 0; j < std::ssize(s_.layout.ranges(b)); ++j) {
+            int64_t pairs = 0;
+            const auto found = cover.find({a, i, b, j});
+            if (found != cover.end())
+              for (const SequenceAction* t : found->second)
+                pairs += Pairs(s_.Range(a, t->rows[0]), s_.Range(b, t->keys));
+            const int64_t all = Pairs(s_.layout.ranges(a)[static_cast<size_t>(i)],
+                                      s_.layout.ranges(b)[static_cast<size_t>(j)]);
+            if (pairs != all)
+              SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+                         "{}: tiles have {} of the {} visible pairs of rank {}'s queries and rank "
+                         "{}'s keys",
+                         Name(s_.kind), pairs, all, a, b);
+          }
+  }
+
+  void CheckShares() const {
+    std::vector<std::array<int64_t, 2>> rows(tiles_.size());
+    for (const auto& [key, shares] : shares_) {
+      const auto& [rank, of_keys, owner] = key;
+      for (const Share& share : shares) {
+        const auto& [at, i] = tiles_[static_cast<size_t>(share.tile)];
+        if (rank != owner) Fail(at, i, "its share stays at rank {}", rank);
+        rows[static_cast<size_t>(share.tile)][of_keys] += share.rows.count;
+      }
+    }
+    for (size_t t = 0; t < tiles_.size(); ++t) {
+      const auto& [rank, i] = tiles_[t];
+      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+      const int64_t keys = s_.pass == SequencePass::kBackward ? a.keys.count : 0;
+      if (rows[t][0] != a.rows[0].count || rows[t][1] != keys)
+        Fail(rank, i, "{} and {} of its rows' shares come to their owners", rows[t][0], rows[t][1]);
+    }
+  }
+
+  void CheckHeads() {
+    std::ranges::sort(tiles_);
+    int heads = 0, workers = 0, owners = 0;
+    for (const auto& [rank, i] : tiles_) {
+      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+      if (a.head_begin != heads) Fail(rank, i, "heads from {} on are nobody's, or twice", heads);
+      heads = a.head_end;
+      workers += a.head_begin < a.head_end;
+    }
+    for (int r = 0; r < s_.ranks(); ++r) owners += s_.layout.Rows(r) > 0;
+    for (const auto& [rank, i] : tiles_) {
+      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+      const bool works = a.head_begin<a.head_end, owns = s_.layout.Rows(rank)> 0;
+      if (works && arrived_[rank] != owners - owns)
+        Fail(rank, i, "{} ranks' rows arrive", arrived_[rank]);
+      if (owns && returned_[rank] != workers - works)
+        Fail(rank, i, "{} ranks' results come back", returned_[rank]);
+    }
+    if (heads != s_.heads)
+      SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{}: {} of {} heads are worked on", Name(s_.kind),
+                 heads, s_.heads);
+  }
+
+  template <typename... Args>
+  [[noreturn]] void Fail(int rank, size_t i, fmt::format_string<Args...> format,
+                         Args&&... args) const {
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{} {}: rank {}, action {} ({}): {}", Name(s_.kind),
+               Name(s_.pass), rank, i + 1, ActionText(s_.actions[static_cast<size_t>(rank)][i]),
+               fmt::format(format, std::forward<Args>(args)...));
+  }
+
+  const SequenceSchedule& s_;
+  std::map<std::pair<int, int>, std::deque<size_t>> sent_;  // from, to: indices of sends
+  std::map<std::pair<int, int>, std::deque<std::vector<Share>>> moving_;
+  std::map<int, std::vector<Share>> inbox_;  // by rank: received and not merged
+  std::map<Key, std::vector<Share>> shares_;
+  std::map<Key, std::vector<SequenceRows>> held_;
+  std::vector<std::pair<int, size_t>> tiles_;  // rank, action
+  std::map<int, int> arrived_, returned_;
+};
+
+}  // namespace
+
+std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
+                                 const std::function<void(int, size_t)>& visit) {
+  const auto ranks = static_cast<size_t>(schedule.ranks());
+  std::vector<size_t> done(ranks);
+  std::vector<std::deque<int>> sends(ranks);  // by rank: receivers of what it has sent
+  std::vector<std::deque<int>> waiting(ranks * ranks);
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (size_t r = 0; r < ranks; ++r)
+      while (done[r] < schedule.actions[r].size()) {
+        const SequenceAction& a = schedule.actions[r][done[r]];
+        const auto peer = static_cast<size_t>(std::max(a.peer, 0));
+        if (a.op == SequenceOp::kSend) {
+          if (strict) {
+            if (sends[r].size() >= kSequenceSendsInFlight) break;
+            sends[r].push_back(a.peer);
+          } else
+            waiting[r * ranks + peer].push_back(a.peer);
+        } else if (a.op == SequenceOp::kReceive) {
+          auto& queue = strict ? sends[peer] : waiting[peer * ranks + r];
+          if (queue.empty() || queue.front() != static_cast<int>(r)) break;
+          queue.pop_front();
+        }
+        visit(static_cast<int>(r), done[r]++);
+        progress = true;
+      }
+  }
+  return done;
+}
+
+void CheckSequenceSchedule(const SequenceSchedule& schedule) { Checker(schedule).Check(); }
+
+}  // namespace shoal

@@ -1,0 +1,286 @@
+// Passes in which rows of queries or keys move; see parallel/sequence_pass.h.
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <map>
+
+#include "core/base/mutation.h"
+#include "kernels/attention.h"
+#include "kernels/copy.h"
+#include "parallel/sequence_pass_base.h"
+
+namespace shoal {
+namespace {
+
+constexpr double kNothing = -std::numeric_limits<double>::infinity();
+
+using Views = std::array<View, kSequenceTags>;
+View& At(Views& views, SequenceTag tag) { return views[static_cast<size_t>(tag)]; }
+
+// What is held of an owner: its rows of this side.
+enum class Store { kQueries, kKeys, kResults, kGradients };
+
+// Rows [first, first + count) of an owner's range; views of a tag have these tokens.
+struct Block {
+  SequenceRows rows;
+  Views views;
+  std::vector<Tensor> memory;
+  size_t last_use;     // the index of the last action that touches it
+  bool empty = false;  // results that nothing was merged into; their memory is not written yet
+};
+
+class RowsPass : public SequencePassBase {
+ public:
+  using SequencePassBase::SequencePassBase;
+
+ protected:
+  void Begin() override {
+    const int64_t rows = s_.layout.Rows(rank_);
+    if (forward()) {
+      x_.out = Wide(RowShape(Tag::kO, rows), 0, ResultClass());
+      x_.lse = Wide(RowShape(Tag::kLse, rows), kNothing, MemoryClass::kActivations);
+    } else {
+      delta_ = Scratch(x_.lse.shape(), wide_);
+      kernels::AttentionDelta(stream_, delta_.view(), x_.dout.view(), x_.out.view());
+      x_.dq = Wide(RowShape(Tag::kDQ, rows), 0, ResultClass());
+      x_.dk = Wide(RowShape(Tag::kDK, rows), 0, ResultClass());
+      x_.dv = Wide(RowShape(Tag::kDV, rows), 0, ResultClass());
+    }
+    const auto ranges = s_.layout.ranges(rank_);
+    for (int i = 0; i < std::ssize(ranges); ++i) {
+      const TokenRange& range = ranges[static_cast<size_t>(i)];
+      const auto own = [&](Store store, std::initializer_list<std::pair<Tag, const Tensor*>> tags) {
+        Block block{{i, 0, range.count}, {}, {}, actions().size()};
+        for (const auto& [tag, tensor] : tags)
+          At(block.views, tag) = tensor->view().Narrow(TokenDim(tag), range.row, range.count);
+        held_[{store, rank_}].push_back(std::move(block));
+      };
+      own(Store::kKeys, {{Tag::kK, &x_.k}, {Tag::kV, &x_.v}});
+      if (forward()) {
+        own(Store::kQueries, {{Tag::kQ, &x_.q}});
+        own(Store::kResults, {{Tag::kO, &x_.out}, {Tag::kLse, &x_.lse}});
+      } else {
+        own(Store::kQueries,
+            {{Tag::kQ, &x_.q}, {Tag::kDO, &x_.dout}, {Tag::kLse, &x_.lse}, {Tag::kDelta, &delta_}});
+        own(Store::kResults, {{Tag::kDQ, &x_.dq}});
+        own(Store::kGradients, {{Tag::kDK, &x_.dk}, {Tag::kDV, &x_.dv}});
+      }
+    }
+  }
+
+  void End() override {
+    if (forward()) {
+      x_.out = Result(x_.out);
+      return;
+    }
+    x_.dq = Result(x_.dq);
+    x_.dk = Result(x_.dk);
+    x_.dv = Result(x_.dv);
+  }
+
+  View ToSend(const SequenceAction& a, Tag tag, const SequenceRows& rows) override {
+    Block& block = Find(StoreOf(a.payload), a.owner, rows);
+    Clear(block);
+    return Part(block, tag, rows);
+  }
+
+  void Arrived(const SequenceAction& a) override {
+    if (a.payload != SequencePayload::kQuery && a.payload != SequencePayload::kKeyValue) return;
+    const bool queries = a.payload == SequencePayload::kQuery;
+    Tensor kept = received();
+    DropReceived();
+    if (!queries && Mutated(Mutation::kFirstKeysReused)) {
+      if (!first_.defined()) first_ = kept;
+      if (first_.numel() == kept.numel()) kept = first_;
+    }
+    const Store store = StoreOf(a.payload);
+    auto& blocks = held_[{store, a.owner}];
+    const size_t begin = blocks.size();
+    for (const SequenceRows& rows : a.rows)
+      blocks.push_back({rows, {}, {kept}, LastUse(store, a.owner, rows)});
+    ForParts(a, kept, [&](Tag tag, const SequenceRows& rows, const View& part) {
+      for (size_t i = begin; i < blocks.size(); ++i)
+        if (blocks[i].rows == rows) At(blocks[i].views, tag) = part;
+    });
+    for (const SequenceRows& rows : a.rows) {
+      if (queries && forward())
+        MakeRoom(Store::kResults, {Tag::kO, Tag::kLse}, a.owner, rows);
+      else if (queries)
+        MakeRoom(Store::kResults, {Tag::kDQ}, a.owner, rows);
+      else if (!forward())
+        MakeRoom(Store::kGradients, {Tag::kDK, Tag::kDV}, a.owner, rows);
+    }
+  }
+
+  void Merge(const SequenceAction& a) override {
+    const int times = Mutated(Mutation::kPartMergedTwice) ? 2 : 1;
+    std::vector<Views> parts(a.rows.size());
+    ForParts(a, received(), [&](Tag tag, const SequenceRows& rows, const View& part) {
+      At(parts[static_cast<size_t>(std::ranges::find(a.rows, rows) - a.rows.begin())], tag) = part;
+    });
+    for (size_t i = 0; i < parts.size(); ++i) {
+      Block& block = Find(StoreOf(a.payload), a.owner, a.rows[i]);
+      for (const Tag tag : TagsOf(a.payload, s_.pass)) {
+        if (tag == Tag::kLse) continue;
+        const View to = Part(block, tag, a.rows[i]);
+        if (tag != Tag::kO) {
+          AddTo(to, At(parts[i], tag));
+          continue;
+        }
+        Clear(block);
+        for (int n = 0; n < times; ++n)
+          kernels::MergeAttention(stream_, to, Part(block, Tag::kLse, a.rows[i]), At(parts[i], tag),
+                                  At(parts[i], Tag::kLse));
+      }
+    }
+    DropReceived();
+  }
+
+  void Tile(const SequenceAction& a) override { forward() ? ForwardTile(a) : BackwardTile(a); }
+
+  void Done() override {
+    for (auto& [key, blocks] : held_)
+      std::erase_if(blocks, [&](const Block& b) { return b.last_use <= at(); });
+  }
+
+ private:
+  Dims RowShape(Tag tag, int64_t tokens) const {
+    const bool of_keys = tag == Tag::kK || tag == Tag::kV || tag == Tag::kDK || tag == Tag::kDV;
+    if (IsStatistic(tag)) return {batch_, s_.heads, tokens};
+    return {batch_, tokens, of_keys ? s_.kv_heads : s_.heads, head_dim_};
+  }
+
+  // Room for what tiles with arrived rows give.
+  void MakeRoom(Store store, std::initializer_list<Tag> tags, int owner, const SequenceRows& rows) {
+    Block block{rows, {}, {}, LastUse(store, owner, rows), store == Store::kResults && forward()};
+    for (const Tag tag : tags) {
+      const Dims shape = RowShape(tag, rows.count);
+      const Tensor t = block.empty ? Scratch(shape, wide_) : Wide(shape, 0);
+      At(block.views, tag) = t.view();
+      block.memory.push_back(t);
+    }
+    held_[{store, owner}].push_back(std::move(block));
+  }
+  // Before anything is merged into a part of it.
+  void Clear(Block& block) const {
+    if (!block.empty) return;
+    block.empty = false;
+    kernels::Fill(stream_, At(block.views, Tag::kO), 0);
+    kernels::Fill(stream_, At(block.views, Tag::kLse), kNothing);
+  }
+
+  static bool Inside(const SequenceRows& rows, const SequenceRows& all) {
+    return rows.range == all.range && rows.first >= all.first &&
+           rows.first + rows.count <= all.first + all.count;
+  }
+  Block& Find(Store store, int owner, const SequenceRows& rows) {
+    for (Block& block : held_[{store, owner}])
+      if (Inside(rows, block.rows)) return block;
+    SHOAL_FAIL(ErrorKind::kBug, "sequence", "rows of rank {} for {} are not here", owner,
+               ActionText(actions()[at()]));
+  }
+  static View Part(Block& block, Tag tag, const SequenceRows& rows) {
+    return At(block.views, tag).Narrow(TokenDim(tag), rows.first - block.rows.first, rows.count);
+  }
+
+  static bool Touches(const SequenceAction& a, Store store, int owner, const SequenceRows& rows) {
+    const auto meets = [&](const SequenceRows& r) {
+      return r.range == rows.range && r.first < rows.first + rows.count &&
+             rows.first < r.first + r.count;
+    };
+    if (a.op == SequenceOp::kTile) {
+      const bool of_keys = store == Store::kKeys || store == Store::kGradients;
+      return of_keys ? a.key_owner == owner && meets(a.keys) : a.owner == owner && meets(a.rows[0]);
+    }
+    return a.op != SequenceOp::kReceive && a.owner == owner && StoreOf(a.payload) == store &&
+           std::ranges::any_of(a.rows, meets);
+  }
+  size_t LastUse(Store store, int owner, const SequenceRows& rows) const {
+    for (size_t i = actions().size(); i > at(); --i)
+      if (Touches(actions()[i - 1], store, owner, rows)) return i - 1;
+    return at();
+  }
+  static Store StoreOf(SequencePayload payload) {
+    switch (payload) {
+      case SequencePayload::kKeyValue:
+        return Store::kKeys;
+      case SequencePayload::kResult:
+        return Store::kResults;
+      case SequencePayload::kKeyValueGradient:
+        return Store::kGradients;
+      default:
+        return Store::kQueries;
+    }
+  }
+
+  struct TileArguments {
+    View q, k, v;
+    Tensor q_document, k_document;
+    kernels::AttentionOptions options;
+  };
+  TileArguments Arguments(const SequenceAction& a) {
+    Block& queries = Find(Store::kQueries, a.owner, a.rows[0]);
+    Block& keys = Find(Store::kKeys, a.key_owner, a.keys);
+    const TokenRange q = s_.Range(a.owner, a.rows[0]), k = s_.Range(a.key_owner, a.keys);
+    TileArguments t = {Part(queries, Tag::kQ, a.rows[0]),
+                       Part(keys, Tag::kK, a.keys),
+                       Part(keys, Tag::kV, a.keys),
+                       Documents(q),
+                       Documents(k),
+                       *TileMask(q, k, s_.mask)};
+    t.options.scale = options_.scale;
+    return t;
+  }
+
+  void ForwardTile(const SequenceAction& a) {
+    const TileArguments t = Arguments(a);
+    Block& block = Find(Store::kResults, a.owner, a.rows[0]);
+    const View out = Part(block, Tag::kO, a.rows[0]), lse = Part(block, Tag::kLse, a.rows[0]);
+    if (block.empty && block.rows == a.rows[0]) {  // the first, and all of its rows
+      block.empty = false;
+      kernels::Attention(stream_, out, lse, t.q, t.k, t.v, t.q_document.view(), t.k_document.view(),
+                         t.options);
+      return;
+    }
+    Clear(block);
+    const Tensor part = Scratch(out.shape, wide_), part_lse = Scratch(lse.shape, wide_);
+    kernels::Attention(stream_, part.view(), part_lse.view(), t.q, t.k, t.v, t.q_document.view(),
+                       t.k_document.view(), t.options);
+    kernels::MergeAttention(stream_, out, lse, part.view(), part_lse.view());
+  }
+
+  void BackwardTile(const SequenceAction& a) {
+    const TileArguments t = Arguments(a);
+    Block& queries = Find(Store::kQueries, a.owner, a.rows[0]);
+    Block& gradients = Find(Store::kGradients, a.key_owner, a.keys);
+    const View dout = Part(queries, Tag::kDO, a.rows[0]);
+    Tensor lse_memory, delta_memory;
+    const View lse = Contiguous(Part(queries, Tag::kLse, a.rows[0]), lse_memory);
+    const View delta = Contiguous(Part(queries, Tag::kDelta, a.rows[0]), delta_memory);
+    if (Mutated(Mutation::kStatisticsOfTheTile)) {
+      const Tensor out = Tensor::Empty(t.q.shape, dtype_);
+      kernels::Attention(stream_, out.view(), lse, t.q, t.k, t.v, t.q_document.view(),
+                         t.k_document.view(), t.options);
+      kernels::AttentionDelta(stream_, delta, dout, out.view());
+    }
+    kernels::AttentionBackwardTile(
+        stream_, Part(Find(Store::kResults, a.owner, a.rows[0]), Tag::kDQ, a.rows[0]),
+        Part(gradients, Tag::kDK, a.keys), Part(gradients, Tag::kDV, a.keys), dout, t.q, t.k, t.v,
+        lse, delta, t.q_document.view(), t.k_document.view(), t.options);
+  }
+
+  std::map<std::pair<Store, int>, std::vector<Block>> held_;
+  Tensor delta_;
+  Tensor first_;  // of a mutation
+};
+
+}  // namespace
+
+std::unique_ptr<SequencePassBase> MakeRowsPass(const SequenceSchedule& schedule,
+                                               const SequencePassOptions& options,
+                                               SequenceWire& wire, int rank,
+                                               SequenceArrays& arrays) {
+  return std::make_unique<RowsPass>(schedule, options, wire, rank, arrays);
+}
+
+}  // namespace shoal

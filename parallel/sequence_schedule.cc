@@ -1,0 +1,456 @@
+#include "parallel/sequence_schedule.h"
+
+#include <algorithm>
+
+#include "core/base/error.h"
+#include "parallel/communicator.h"
+
+namespace shoal {
+namespace {
+
+using Rows = std::vector<SequenceRows>;
+
+// The smallest rows that hold both; of one range.
+SequenceRows Hull(const SequenceRows& a, const SequenceRows& b) {
+  const int64_t first = std::min(a.first, b.first);
+  return {a.range, first, std::max(a.first + a.count, b.first + b.count) - first};
+}
+void Include(Rows& rows, const SequenceRows& more) {
+  for (SequenceRows& r : rows)
+    if (r.range == more.range) {
+      r = Hull(r, more);
+      return;
+    }
+  rows.push_back(more);
+  std::ranges::sort(rows, {}, &SequenceRows::range);
+}
+Rows Intersection(const Rows& a, const Rows& b) {
+  Rows common;
+  for (const SequenceRows& x : a)
+    for (const SequenceRows& y : b) {
+      const int64_t first = std::max(x.first, y.first);
+      const int64_t end = std::min(x.first + x.count, y.first + y.count);
+      if (x.range == y.range && first < end) common.push_back({x.range, first, end - first});
+    }
+  return common;
+}
+// a without b; both have each range at most once.
+Rows Difference(const Rows& a, const Rows& b) {
+  Rows rest;
+  for (const SequenceRows& x : a) {
+    int64_t first = x.first;
+    const int64_t end = x.first + x.count;
+    for (const SequenceRows& y : b) {
+      if (y.range != x.range) continue;
+      if (y.first > first) rest.push_back({x.range, first, std::min(end, y.first) - first});
+      first = std::max(first, y.first + y.count);
+    }
+    if (first < end) rest.push_back({x.range, first, end - first});
+  }
+  return rest;
+}
+int64_t Count(const Rows& rows) {
+  int64_t n = 0;
+  for (const SequenceRows& r : rows) n += r.count;
+  return n;
+}
+
+struct Tile {
+  SequenceRows q, k;
+};
+
+// Some rows of every owner that travel around the ring, and what has to arrive at which visit.
+struct Flow {
+  int step;                               // +1: to higher ranks
+  std::vector<std::vector<Rows>> arrive;  // [owner][visit], from visit 1 on; one more, empty
+};
+
+class Maker {
+ public:
+  explicit Maker(SequenceSchedule& schedule) : s_(schedule), ranks_(schedule.ranks()) {
+    s_.actions.assign(static_cast<size_t>(ranks_), {});
+    tiles_.resize(static_cast<size_t>(ranks_) * static_cast<size_t>(ranks_));
+    for (int a = 0; a < ranks_; ++a)
+      for (int b = 0; b < ranks_; ++b) MakeTiles(a, b);
+  }
+
+  // Rows go straight to who needs them, and what comes of them straight back. Step s: of rank r's
+  // to rank r - s. Rows are sent `ahead` steps early, so that as many links are busy.
+  void Direct(bool queries, int ahead) {
+    const bool back = queries || s_.pass == SequencePass::kBackward;
+    for (rank_ = 0; rank_ < ranks_; ++rank_) {
+      const auto give = [&](int step) {
+        const int to = Mod(rank_ - step);
+        if (step < ranks_) Send(Out(queries), to, rank_, Needed(queries, rank_, to));
+      };
+      const auto take_back = [&](int step) {
+        const int from = Mod(rank_ - step);
+        if (back) ReceiveAndMerge(Back(queries), from, rank_, Needed(queries, rank_, from));
+      };
+      for (int step = 1; step <= ahead + 1; ++step) give(step);
+      Self(back ? kFirstHalf : kWhole);
+      for (int step = 1; step < ranks_; ++step) {
+        const int owner = Mod(rank_ + step);
+        const Rows& rows = Needed(queries, owner, rank_);
+        if (step > 1) give(step + ahead);
+        Receive(Out(queries), owner, owner, rows);
+        Tiles(queries, owner, rows);
+        if (back) Send(Back(queries), owner, owner, rows);
+        if (step > ahead) take_back(step - ahead);
+      }
+      if (back) Self(kSecondHalf);
+      for (int step = std::max(1, ranks_ - ahead); step < ranks_; ++step) take_back(step);
+    }
+  }
+
+  // Everything is there before anything is computed.
+  void Gathered(int ahead) {
+    const bool back = s_.pass == SequencePass::kBackward;
+    for (rank_ = 0; rank_ < ranks_; ++rank_) {
+      Exchange(
+          ahead,
+          [&](int step) {
+            const int to = Mod(rank_ - step);
+            Send(Out(false), to, rank_, Needed(false, rank_, to));
+          },
+          [&](int step) {
+            const int from = Mod(rank_ + step);
+            Receive(Out(false), from, from, Needed(false, from, rank_));
+          });
+      Self(kWhole);
+      for (int step = 1; step < ranks_; ++step)
+        Tiles(false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));
+      if (!back) continue;
+      Exchange(
+          ahead,
+          [&](int step) {
+            const int owner = Mod(rank_ + step);
+            Send(Back(false), owner, owner, Needed(false, owner, rank_));
+          },
+          [&](int step) {
+            const int from = Mod(rank_ - step);
+            ReceiveAndMerge(Back(false), from, rank_, Needed(false, rank_, from));
+          });
+    }
+  }
+
+  // Rows go from neighbour to neighbour. What comes of them goes straight back to the owner
+  // (`straight`), or follows one step behind and is summed on the way, until no later visitor adds
+  // to it; then it goes home.
+  void Ring(bool queries, bool two_way, bool straight) {
+    const bool back = queries || s_.pass == SequencePass::kBackward;
+    const std::vector<Flow> flows = two_way ? BothWays(queries) : OneWay(queries);
+    const SequencePayload out = Out(queries), home = Back(queries);
+    for (rank_ = 0; rank_ < ranks_; ++rank_) {
+      const auto own = static_cast<size_t>(rank_);
+      // What this rank's rows gave at their visit `step` comes home.
+      const auto take_back = [&](int step) {
+        for (const Flow& f : flows) {
+          const int from = Mod(rank_ + f.step * step);
+          const auto& a = f.arrive[own];
+          const auto at = static_cast<size_t>(step);
+          ReceiveAndMerge(home, from, rank_,
+                          straight ? Intersection(Needed(queries, rank_, from), a[at])
+                                   : Difference(a[at], a[at + 1]));
+        }
+      };
+      for (const Flow& f : flows) Send(out, Mod(rank_ + f.step), rank_, f.arrive[own][1]);
+      Self(back ? kFirstHalf : kWhole);
+      for (int step = 1; step < ranks_; ++step) {
+        const auto at = static_cast<size_t>(step);
+        for (const Flow& f : flows) {
+          const int owner = Mod(rank_ - f.step * step);
+          const auto& a = f.arrive[static_cast<size_t>(owner)];
+          Receive(out, Mod(rank_ - f.step), owner, a[at]);
+          Send(out, Mod(rank_ + f.step), owner, a[at + 1]);
+        }
+        for (const Flow& f : flows) {
+          const int owner = Mod(rank_ - f.step * step);
+          Tiles(queries, owner, f.arrive[static_cast<size_t>(owner)][at]);
+        }
+        if (!back) continue;
+        for (const Flow& f : flows) {
+          const int owner = Mod(rank_ - f.step * step);
+          const auto& a = f.arrive[static_cast<size_t>(owner)];
+          if (straight) {
+            Send(home, owner, owner, Intersection(Needed(queries, owner, rank_), a[at]));
+          } else if (step > 1) {
+            ReceiveAndMerge(home, Mod(rank_ - f.step), owner, a[at]);
+          }
+        }
+        if (!straight) {
+          for (const Flow& f : flows) {
+            const int owner = Mod(rank_ - f.step * step);
+            Send(home, Mod(rank_ + f.step), owner, f.arrive[static_cast<size_t>(owner)][at + 1]);
+          }
+          for (const Flow& f : flows) {
+            const int owner = Mod(rank_ - f.step * step);
+            const auto& a = f.arrive[static_cast<size_t>(owner)];
+            Send(home, owner, owner, Difference(a[at], a[at + 1]));
+          }
+        }
+        if (step > 1) take_back(step - 1);
+      }
+      if (back) Self(kSecondHalf);
+      if (back && ranks_ > 1) take_back(ranks_ - 1);
+    }
+  }
+
+  // Rank r works on the r-th share of the query heads.
+  void Heads(int ahead) {
+    const auto begin = [&](int rank) {
+      return static_cast<int>(ShardBegin(s_.heads, rank, ranks_));
+    };
+    // Of the worker's heads, the owner's rows.
+    const auto message = [&](SequenceOp op, SequencePayload payload, int peer, int owner,
+                             int worker) {
+      Message({.op = op,
+               .payload = payload,
+               .peer = peer,
+               .owner = owner,
+               .rows = All(owner),
+               .head_begin = begin(worker),
+               .head_end = begin(worker + 1)});
+    };
+    constexpr auto kOut = SequencePayload::kHeads, kBack = SequencePayload::kHeadsResult;
+    for (rank_ = 0; rank_ < ranks_; ++rank_) {
+      const auto to = [&](int step) { return Mod(rank_ - step); };
+      const auto from = [&](int step) { return Mod(rank_ + step); };
+      Exchange(
+          ahead, [&](int i) { message(SequenceOp::kSend, kOut, to(i), rank_, to(i)); },
+          [&](int i) { message(SequenceOp::kReceive, kOut, from(i), from(i), rank_); });
+      Add({.op = SequenceOp::kTile,
+           .owner = SequenceAction::kEverybody,
+           .key_owner = SequenceAction::kEverybody,
+           .head_begin = begin(rank_),
+           .head_end = begin(rank_ + 1)});
+      Exchange(
+          ahead, [&](int i) { message(SequenceOp::kSend, kBack, to(i), to(i), rank_); },
+          [&](int i) { message(SequenceOp::kReceive, kBack, from(i), rank_, from(i)); });
+    }
+  }
+
+ private:
+  // give(step) `ahead` steps before take(step).
+  template <class Give, class Take>
+  void Exchange(int ahead, Give give, Take take) {
+    for (int step = 1; step < ranks_ + ahead; ++step) {
+      if (step < ranks_) give(step);
+      if (step > ahead) take(step - ahead);
+    }
+  }
+
+  enum Half { kWhole, kFirstHalf, kSecondHalf };
+
+  int Mod(int rank) const { return ((rank % ranks_) + ranks_) % ranks_; }
+  const std::vector<Tile>& TilesOf(int q_owner, int k_owner) const {
+    return tiles_[static_cast<size_t>(q_owner) * static_cast<size_t>(ranks_) +
+                  static_cast<size_t>(k_owner)];
+  }
+  static SequencePayload Out(bool queries) {
+    return queries ? SequencePayload::kQuery : SequencePayload::kKeyValue;
+  }
+  static SequencePayload Back(bool queries) {
+    return queries ? SequencePayload::kResult : SequencePayload::kKeyValueGradient;
+  }
+
+  void MakeTiles(int a, int b) {
+    auto& tiles =
+        tiles_[static_cast<size_t>(a) * static_cast<size_t>(ranks_) + static_cast<size_t>(b)];
+    const auto q = s_.layout.ranges(a), k = s_.layout.ranges(b);
+    for (int i = 0; i < std::ssize(q); ++i)
+      for (int j = 0; j < std::ssize(k); ++j)
+        if (const auto t = Cut(a, {i, 0, q[static_cast<size_t>(i)].count}, b,
+                               {j, 0, k[static_cast<size_t>(j)].count}))
+          tiles.push_back(*t);
+  }
+  // What of these rows matters.
+  std::optional<Tile> Cut(int a, const SequenceRows& q, int b, const SequenceRows& k) const {
+    if (q.count == 0 || k.count == 0) return std::nullopt;
+    const auto rows = NeededRows(s_.Range(a, q), s_.Range(b, k), s_.mask, s_.layout.tokens());
+    if (!rows) return std::nullopt;
+    return Tile{{q.range, q.first + rows->q_first, rows->q_count},
+                {k.range, k.first + rows->k_first, rows->k_count}};
+  }
+
+  // The owner's rows that `holder`, who has the other side of the tiles, needs.
+  Rows Needed(bool queries, int owner, int holder) const {
+    Rows rows;
+    for (const Tile& t : queries ? TilesOf(owner, holder) : TilesOf(holder, owner))
+      Include(rows, queries ? t.q : t.k);
+    return rows;
+  }
+  Rows All(int owner) const {
+    Rows rows;
+    const auto ranges = s_.layout.ranges(owner);
+    for (int i = 0; i < std::ssize(ranges); ++i)
+      rows.push_back({i, 0, ranges[static_cast<size_t>(i)].count});
+    return rows;
+  }
+
+  // What of `rows` has to arrive at each visit so that all later ones have what they need.
+  std::vector<Rows> Arrivals(bool queries, int owner, int step, const Rows& rows) const {
+    std::vector<Rows> arrive(static_cast<size_t>(ranks_) + 1);
+    for (int visit = ranks_ - 1; visit > 0; --visit) {
+      auto& here = arrive[static_cast<size_t>(visit)];
+      here = arrive[static_cast<size_t>(visit) + 1];
+      for (const SequenceRows& r :
+           Intersection(Needed(queries, owner, Mod(owner + step * visit)), rows))
+        Include(here, r);
+    }
+    return arrive;
+  }
+  int64_t Hops(bool queries, int owner, int step, const Rows& rows) const {
+    int64_t hops = 0;
+    for (const Rows& here : Arrivals(queries, owner, step, rows)) hops += Count(here);
+    return hops;
+  }
+  Flow MakeFlow(bool queries, int step, const std::vector<Rows>& rows) const {
+    Flow flow{step, {}};
+    for (int owner = 0; owner < ranks_; ++owner)
+      flow.arrive.push_back(Arrivals(queries, owner, step, rows[static_cast<size_t>(owner)]));
+    return flow;
+  }
+
+  std::vector<Flow> OneWay(bool queries) const {
+    std::vector<Rows> all;
+    int64_t up = 0, down = 0;
+    for (int owner = 0; owner < ranks_; ++owner) {
+      all.push_back(All(owner));
+      up += Hops(queries, owner, 1, all.back());
+      down += Hops(queries, owner, -1, all.back());
+    }
+    return {MakeFlow(queries, up < down ? 1 : -1, all)};
+  }
+
+  // A range goes where it has less far; where that is equal, a part each way, so that as many rows
+  // of an owner set out in both: the first step is the longest.
+  std::vector<Flow> BothWays(bool queries) const {
+    std::vector<Rows> up(static_cast<size_t>(ranks_)), down = up;
+    for (int owner = 0; owner < ranks_; ++owner) {
+      const auto o = static_cast<size_t>(owner);
+      Rows either;
+      for (const SequenceRows& range : All(owner)) {
+        const int64_t u = Hops(queries, owner, 1, {range}), d = Hops(queries, owner, -1, {range});
+        if (u == 0 && d == 0) continue;
+        (u < d ? up[o] : d < u ? down[o] : either).push_back(range);
+      }
+      const int64_t free = Count(either);
+      int64_t left = std::clamp<int64_t>((free + Count(up[o]) - Count(down[o])) / 2, 0, free);
+      for (const SequenceRows& range : either) {  // `left` of them go down
+        const int64_t n = std::min(left, range.count);
+        left -= n;
+        if (n > 0) down[o].push_back({range.range, range.first, n});
+        if (n < range.count) up[o].push_back({range.range, range.first + n, range.count - n});
+      }
+    }
+    return {MakeFlow(queries, -1, down), MakeFlow(queries, 1, up)};
+  }
+
+  void Add(SequenceAction action) {
+    s_.actions[static_cast<size_t>(rank_)].push_back(std::move(action));
+  }
+  void Message(SequenceAction action) {
+    if (Count(action.rows) > 0 && action.head_begin < action.head_end) Add(std::move(action));
+  }
+  void Send(SequencePayload payload, int to, int owner, Rows rows) {
+    Message({.op = SequenceOp::kSend,
+             .payload = payload,
+             .peer = to,
+             .owner = owner,
+             .rows = std::move(rows),
+             .head_end = s_.heads});
+  }
+  void Receive(SequencePayload payload, int from, int owner, Rows rows) {
+    Message({.op = SequenceOp::kReceive,
+             .payload = payload,
+             .peer = from,
+             .owner = owner,
+             .rows = std::move(rows),
+             .head_end = s_.heads});
+  }
+  void ReceiveAndMerge(SequencePayload payload, int from, int owner, const Rows& rows) {
+    if (rows.empty()) return;
+    Receive(payload, from, owner, rows);
+    Message({.op = SequenceOp::kMerge,
+             .payload = payload,
+             .owner = owner,
+             .rows = rows,
+             .head_end = s_.heads});
+  }
+  void AddTile(int q_owner, int k_owner, const Tile& t) {
+    Add({.op = SequenceOp::kTile,
+         .owner = q_owner,
+         .rows = {t.q},
+         .key_owner = k_owner,
+         .keys = t.k,
+         .head_end = s_.heads});
+  }
+  // Of this rank with `rows` of the owner.
+  void Tiles(bool queries, int owner, const Rows& rows) {
+    const int a = queries ? owner : rank_, b = queries ? rank_ : owner;
+    for (const Tile& t : TilesOf(a, b))
+      for (const SequenceRows& r : Intersection({queries ? t.q : t.k}, rows))
+        if (const auto cut = Cut(a, queries ? r : t.q, b, queries ? t.k : r)) AddTile(a, b, *cut);
+  }
+  // This rank's own tiles, or the first or second half of their queries: one before anything
+  // arrives and one while the last results are on their way.
+  void Self(Half half) {
+    for (const Tile& t : TilesOf(rank_, rank_)) {
+      const int64_t middle = ranks_ > 1 ? t.q.count / 2 : 0;
+      SequenceRows q = t.q;
+      if (half == kFirstHalf) q.count = middle;
+      if (half == kSecondHalf) q.first += middle, q.count -= middle;
+      if (const auto cut = Cut(rank_, q, rank_, t.k)) AddTile(rank_, rank_, *cut);
+    }
+  }
+
+  SequenceSchedule& s_;
+  int ranks_, rank_ = 0;  // whose list is being made
+  std::vector<std::vector<Tile>> tiles_;
+};
+
+// How many steps early rows are sent where they go straight: as many messages, and results that
+// wait for their turn, are held, whatever the number of ranks.
+constexpr int kAhead = 2;
+
+}  // namespace
+
+SequenceSchedule MakeSequenceSchedule(SequenceKind kind, SequencePass pass,
+                                      const SequenceLayout& layout, const SequenceMask& mask,
+                                      int heads, int kv_heads) {
+  SHOAL_CHECK(kv_heads > 0 && heads % kv_heads == 0, "sequence",
+              "{} heads are not a multiple of {} kv heads", heads, kv_heads);
+  SequenceSchedule schedule{kind, pass, layout, mask, heads, kv_heads, {}};
+  Maker maker(schedule);
+  const int ahead = std::max(1, std::min(kAhead, layout.ranks() - 2));
+  switch (kind) {
+    case SequenceKind::kTokenRing:
+      maker.Direct(true, ahead);
+      break;
+    case SequenceKind::kTokenRingRelay:
+      maker.Ring(true, false, true);
+      break;
+    case SequenceKind::kTokenRingLagged:
+      maker.Ring(true, true, false);
+      break;
+    case SequenceKind::kKvRing:
+      maker.Ring(false, true, false);
+      break;
+    case SequenceKind::kKvRingOneWay:
+      maker.Ring(false, false, false);
+      break;
+    case SequenceKind::kKvDirect:
+      maker.Direct(false, ahead);
+      break;
+    case SequenceKind::kAllGather:
+      maker.Gathered(ahead);
+      break;
+    case SequenceKind::kUlysses:
+      maker.Heads(ahead);
+      break;
+  }
+  return schedule;
+}
+
+}  // namespace shoal

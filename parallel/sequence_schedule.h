@@ -1,0 +1,184 @@
+// Sequence-parallel attention as data: for every rank the tiles and messages of one attention
+// layer's forward or backward pass, in their order. The same lists are checked, counted in bytes,
+// simulated (parallel/sequence_simulator.h) and executed (parallel/sequence_attention.h). Nothing
+// here runs ranks.
+//
+// Each rank owns the rows of q, k, v and of the result that its layout says. A tile is attention of
+// some queries of one owner to some keys of one owner, by whoever holds both; a query's results
+// over different keys are merged (kernels/attention.h). Tiles that the mask leaves empty are not
+// computed, and only rows that somebody's tile needs are sent. Sums that travel are at least f32.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "parallel/sequence_layout.h"
+
+namespace shoal {
+
+// Whose rows move. P ranks; q is the elements of a rank's Q, and kv / heads of that those of its K
+// or V. Elements that a rank sends, forward | backward, of full attention:
+//   token_ring        Q straight to those who hold keys, (O, lse) straight back; K and V stay.
+//                     (P-1)(2q + lse) | (P-1)(2q + lse + delta, and q of dQ): dK and dV never
+//                     leave. After TokenRing (arXiv 2412.20501), which has the forward pass only.
+//   token_ring_relay  the same, but Q goes from neighbour to neighbour
+//   token_ring_lagged both go from neighbour to neighbour, half of the rows each way; results are
+//                     merged on the way, one step behind their queries
+//   kv_ring           K and V go from neighbour to neighbour, half of the rows each way:
+//                     (P-1) 2q kv/heads | the same, and (P-1) 2q kv/heads of dK and dV, summed on
+//                     the way, from the first visitor to the last and from there home. (Ring
+//                     Attention, arXiv 2310.01889, sends one way)
+//   kv_ring_one_way   the same in one direction
+//   kv_direct         K and V straight to those who need them, dK and dV straight back
+//   all_gather        kv_direct, but nothing is computed before all keys are there, and they are
+//                     all held: the simple way
+//   ulysses           each rank gets all rows of its share of the heads (DeepSpeed-Ulysses, arXiv
+//                     2309.14509): (P-1)/P (2 + 2 kv/heads) q | the same. kv heads that several
+//                     shares need go to each.
+// A ring turns in the direction in which fewer rows travel: to lower ranks for a causal mask and a
+// zigzag layout, which leaves 3/4 of the rows where 2P divides the tokens.
+enum class SequenceKind {
+  kTokenRing,
+  kTokenRingRelay,
+  kTokenRingLagged,
+  kKvRing,
+  kKvRingOneWay,
+  kKvDirect,
+  kAllGather,
+  kUlysses,
+};
+constexpr int kSequenceKinds = 8;
+const char* Name(SequenceKind kind);
+SequenceKind ParseSequenceKind(std::string_view name);
+
+enum class SequencePass { kForward, kBackward };
+const char* Name(SequencePass pass);
+
+enum class SequenceTag { kQ, kO, kLse, kK, kV, kDO, kDelta, kDQ, kDK, kDV };
+constexpr int kSequenceTags = 10;
+const char* Name(SequenceTag tag);
+
+// What a message holds, forward | backward.
+enum class SequencePayload {
+  kQuery,             // Q | Q, dO, lse, delta
+  kResult,            // O, lse | dQ
+  kKeyValue,          // K, V
+  kKeyValueGradient,  // - | dK, dV
+  kHeads,             // Q, K, V | dO: of some heads, to who works on them
+  kHeadsResult,       // O | dQ, dK, dV: back
+};
+const char* Name(SequencePayload payload);
+
+enum class SequenceOp {
+  kSend,     // waits only where too many are in flight
+  kReceive,  // waits for the message
+  kTile,
+  kMerge,  // what was received last into what is held here of its owner's result or gradients
+};
+
+// Rows [first, first + count) of one of an owner's ranges.
+struct SequenceRows {
+  int range;
+  int64_t first, count;
+  bool operator==(const SequenceRows&) const = default;
+};
+
+struct SequenceAction {
+  static constexpr int kEverybody = -1;
+
+  SequenceOp op;
+  SequencePayload payload = {};         // of a message or a merge
+  int peer = -1;                        // of a message: the rank at its other end
+  int owner = -1;                       // of the rows; of a tile's queries, or kEverybody
+  std::vector<SequenceRows> rows = {};  // of a tile: one
+  int key_owner = -1;                   // of a tile
+  SequenceRows keys = {};
+  int head_begin = 0, head_end = 0;  // query heads; kv heads are those that they need
+
+  bool SameMessage(const SequenceAction& other) const {
+    return payload == other.payload && owner == other.owner && rows == other.rows &&
+           head_begin == other.head_begin && head_end == other.head_end;
+  }
+};
+
+struct SequenceSchedule {
+  SequenceKind kind;
+  SequencePass pass;
+  SequenceLayout layout;
+  SequenceMask mask;
+  int heads, kv_heads;
+  std::vector<std::vector<SequenceAction>> actions;  // by rank
+
+  int ranks() const { return layout.ranks(); }
+  TokenRange Range(int owner, const SequenceRows& rows) const {
+    return layout.ranges(owner)[static_cast<size_t>(rows.range)].Part(rows.first, rows.count);
+  }
+  // Tiles are of all heads, or of a share of them whose kv heads may be shared.
+  int KvBegin(int head) const { return head / (heads / kv_heads); }
+  int KvEnd(int head_end) const { return (head_end + heads / kv_heads - 1) / (heads / kv_heads); }
+  // Whether dK and dV of some kv head come from several shares of the heads (ulysses).
+  bool SharesKvHeads() const;
+};
+
+SequenceSchedule MakeSequenceSchedule(SequenceKind kind, SequencePass pass,
+                                      const SequenceLayout& layout, const SequenceMask& mask,
+                                      int heads, int kv_heads);
+
+// What turns rows into bytes.
+struct SequenceWidths {
+  int64_t batch = 1, head_dim = 64;
+  int64_t element = 2;  // bytes of q, k, v, dO and of ulysses' results
+  int64_t partial = 2;  // of O on its way to be merged by its owner
+  int64_t sum = 4;      // of lse, delta, dQ, dK, dV, and of O that is merged on its way
+};
+
+// In the order in which they lie in a message: wide ones first, so that all are aligned.
+std::vector<SequenceTag> TagsOf(SequencePayload payload, SequencePass pass);
+// Bytes of one element of `tag` on the wire.
+int64_t WidthOf(const SequenceSchedule& schedule, SequenceTag tag, const SequenceWidths& widths);
+// Elements of a message: of a row, and bytes in all.
+int64_t RowElements(const SequenceSchedule& schedule, const SequenceAction& message,
+                    SequenceTag tag, int64_t head_dim);
+int64_t MessageBytes(const SequenceSchedule& schedule, const SequenceAction& message,
+                     SequenceTag tag, const SequenceWidths& widths);
+int64_t MessageBytes(const SequenceSchedule& schedule, const SequenceAction& message,
+                     const SequenceWidths& widths);
+
+// Bytes from each rank to each, by tag: [from * ranks + to][tag].
+struct SequenceTraffic {
+  int ranks;
+  std::vector<std::array<int64_t, kSequenceTags>> bytes;
+  int64_t Sent(int rank) const;  // all tags
+  int64_t Sent(int rank, SequenceTag tag) const;
+  int64_t Total(SequenceTag tag) const;
+  int64_t Total() const;
+};
+SequenceTraffic CountTraffic(const SequenceSchedule& schedule, const SequenceWidths& widths);
+
+// How many messages of a rank may be on their way, so that one that is ahead of its receivers does
+// not hold ever more of them.
+constexpr size_t kSequenceSendsInFlight = 6;
+
+// Calls visit(rank, i) for every actions[rank][i]: a rank's in their order, and a receive after its
+// message was sent. `strict`: as if a rank's sends were done one after the other, each when its
+// receiver comes to it, and the rank waited where it has that many in flight; what comes to an end
+// so does so with any buffers. Returns how many actions each rank came to do: not all if ranks wait
+// for each other.
+std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
+                                 const std::function<void(int, size_t)>& visit);
+
+// Throws an Error that names rank and action unless all messages are received in the order in which
+// they are sent, the ranks come to an end (strictly), no tile uses rows that are not there, every
+// visible pair of query and key is in one tile, and each tile's share comes into its owner's result
+// and gradients once.
+void CheckSequenceSchedule(const SequenceSchedule& schedule);
+
+std::string ActionText(const SequenceAction& action);
+// A line for each rank.
+std::string WriteSequenceSchedule(const SequenceSchedule& schedule);
+
+}  // namespace shoal

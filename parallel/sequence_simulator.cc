@@ -1,0 +1,243 @@
+#include "parallel/sequence_simulator.h"
+
+#include <algorithm>
+#include <deque>
+#include <limits>
+#include <queue>
+
+#include "core/base/error.h"
+#include "parallel/communicator.h"
+
+namespace shoal {
+namespace {
+
+double Products(SequencePass pass) { return pass == SequencePass::kForward ? 2 : 5; }
+
+// Documents may leave a tile less to do.
+double TileSeconds(const SequenceSchedule& s, const SequenceAction& a, const SequenceWidths& widths,
+                   const SequenceMachine& machine) {
+  const int64_t tokens = s.layout.tokens();
+  const TokenRange all{0, tokens, 1, 0};
+  const int64_t pairs =
+      a.owner == SequenceAction::kEverybody
+          ? VisiblePairs(all, all, s.mask)
+          : VisiblePairs(s.Range(a.owner, a.rows[0]), s.Range(a.key_owner, a.keys), s.mask);
+  return 2 * Products(s.pass) * static_cast<double>(pairs) *
+         static_cast<double>(widths.batch * (a.head_end - a.head_begin) * widths.head_dim) /
+         machine.flops;
+}
+
+class Simulator {
+ public:
+  Simulator(const SequenceSchedule& schedule, const SequenceWidths& widths,
+            const SequenceMachine& machine)
+      : s_(schedule), widths_(widths), machine_(machine), ranks_(schedule.ranks()) {
+    const auto p = static_cast<size_t>(ranks_);
+    clock_.resize(p);
+    wait_.resize(p);
+    compute_.resize(p);
+    next_.resize(p);
+    arrived_.resize(p * p);
+    free_.resize(2 * p + p * p);
+  }
+
+  SequenceSimulation Run() {
+    for (int r = 0; r < ranks_; ++r) Advance(r);
+    while (!events_.empty()) {
+      const Event e = events_.top();
+      events_.pop();
+      if (e.at == e.to) {
+        arrived_[Pair(e.from, e.to)].push_back(e.time);
+        Advance(e.to);
+      } else {
+        Hop(e);
+      }
+    }
+    for (size_t r = 0; r < next_.size(); ++r)
+      SHOAL_CHECK(next_[r] == s_.actions[r].size(), "sequence", "{}: rank {} waits for ever",
+                  Name(s_.kind), r);
+    return {*std::ranges::max_element(clock_), *std::ranges::max_element(compute_),
+            *std::ranges::max_element(wait_), waits_};
+  }
+
+ private:
+  static constexpr int kSwitch = -1;
+  struct Event {
+    double time;
+    int64_t number;    // in the order in which they were made, where times are equal
+    int from, to, at;  // at: the rank where the message is, or kSwitch
+    double bytes;
+    bool operator>(const Event& o) const {
+      return time != o.time ? time > o.time : number > o.number;
+    }
+  };
+
+  size_t Pair(int from, int to) const {
+    return static_cast<size_t>(from) * static_cast<size_t>(ranks_) + static_cast<size_t>(to);
+  }
+
+  // Does what rank r can do.
+  void Advance(int rank) {
+    const auto r = static_cast<size_t>(rank);
+    for (; next_[r] < s_.actions[r].size(); ++next_[r]) {
+      const SequenceAction& a = s_.actions[r][next_[r]];
+      if (a.op == SequenceOp::kTile) {
+        const double seconds = TileSeconds(s_, a, widths_, machine_);
+        clock_[r] += seconds;
+        compute_[r] += seconds;
+      } else if (a.op == SequenceOp::kSend) {
+        events_.push({clock_[r], number_++, rank, a.peer, rank,
+                      static_cast<double>(MessageBytes(s_, a, widths_))});
+      } else if (a.op == SequenceOp::kReceive) {
+        auto& arrived = arrived_[Pair(a.peer, rank)];
+        if (arrived.empty()) return;
+        if (arrived.front() > clock_[r]) {
+          wait_[r] += arrived.front() - clock_[r];
+          clock_[r] = arrived.front();
+          ++waits_;
+        }
+        arrived.pop_front();
+      }
+    }
+  }
+
+  void Hop(Event e) {
+    const double time = machine_.latency + e.bytes / machine_.bandwidth;
+    const auto pass = [&](size_t resource, double ready) {
+      const double start = std::max(ready, free_[resource]);
+      free_[resource] = start + time;
+      return start;
+    };
+    const auto p = static_cast<size_t>(ranks_);
+    switch (machine_.fabric) {
+      case SequenceFabric::kMesh:
+        e.time = pass(2 * p + Pair(e.from, e.to), e.time) + time;
+        e.at = e.to;
+        break;
+      case SequenceFabric::kPort:
+        // The way in is asked for when the way out begins.
+        if (e.at == e.from) {
+          e.time = pass(static_cast<size_t>(e.from), e.time);
+          e.at = kSwitch;
+        } else {
+          e.time = pass(p + static_cast<size_t>(e.to), e.time) + time;
+          e.at = e.to;
+        }
+        break;
+      case SequenceFabric::kRing: {
+        const int up = (e.to - e.at + ranks_) % ranks_;
+        // Half way round, even and odd ranks go different ways.
+        const bool upwards = 2 * up < ranks_ || (2 * up == ranks_ && e.at % 2 == 0);
+        e.time = pass((upwards ? 0 : p) + static_cast<size_t>(e.at), e.time) + time;
+        e.at = (e.at + (upwards ? 1 : ranks_ - 1)) % ranks_;
+        break;
+      }
+    }
+    e.number = number_++;
+    events_.push(e);
+  }
+
+  const SequenceSchedule& s_;
+  const SequenceWidths& widths_;
+  const SequenceMachine& machine_;
+  const int ranks_;
+  std::vector<double> clock_, wait_, compute_;  // by rank
+  std::vector<size_t> next_;                    // by rank: the next action
+  std::vector<std::deque<double>> arrived_;     // by pair
+  std::vector<double> free_;                    // by resource: from when on
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
+  int64_t number_ = 0;
+  int waits_ = 0;
+};
+
+}  // namespace
+
+const char* Name(SequenceFabric fabric) {
+  constexpr const char* kNames[] = {"ring", "mesh", "port"};
+  return kNames[static_cast<int>(fabric)];
+}
+
+SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const SequenceWidths& widths,
+                                    const SequenceMachine& machine) {
+  return Simulator(schedule, widths, machine).Run();
+}
+
+double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
+                         const SequenceMachine& machine) {
+  const double p = schedule.ranks();
+  const auto rows = static_cast<double>(schedule.layout.Rows(0));
+  const double element = static_cast<double>(widths.batch * schedule.heads * widths.head_dim);
+  const double c = 2 * Products(schedule.pass) * rows * rows * element / machine.flops;
+  const bool forward = schedule.pass == SequencePass::kForward;
+  const bool mesh = machine.fabric == SequenceFabric::kMesh;
+  const bool at_once = mesh && p <= 4, one_by_one = machine.fabric == SequenceFabric::kPort;
+  const auto message = [&](double bytes) { return machine.latency + bytes / machine.bandwidth; };
+  const auto e = static_cast<double>(widths.element), f = static_cast<double>(widths.sum);
+  const double q = rows * element, kv = 2 * q * schedule.kv_heads / schedule.heads;
+  const double l = q / static_cast<double>(widths.head_dim);
+  const double m_q = message(forward ? q * e : 2 * q * e + 2 * l * f);
+  const double m_o = message(forward ? q * static_cast<double>(widths.partial) + l * f : q * f);
+  const double messages = one_by_one ? p - 1 : 1;
+  if (p < 2) return -1;
+  switch (schedule.kind) {
+    case SequenceKind::kKvRingOneWay:
+      return forward ? c + (p - 1) * std::max(c, message(kv * e)) : -1;
+    case SequenceKind::kKvRing:
+      return forward && !one_by_one && p > 2 ? c + (p - 1) * std::max(c, message(kv * e / 2)) : -1;
+    case SequenceKind::kKvDirect:
+      return forward && at_once ? std::max(c, message(kv * e)) + (p - 1) * c : -1;
+    case SequenceKind::kTokenRing:
+      return at_once ? std::max(c / 2, m_q) + (p - 1) * c + std::max(c / 2, m_o) : -1;
+    case SequenceKind::kTokenRingRelay:
+      return mesh ? std::max(c / 2, m_q) + c + (p - 2) * std::max(c, m_q) + std::max(c / 2, m_o)
+                  : -1;
+    case SequenceKind::kAllGather:
+      if (!at_once && !one_by_one) return -1;
+      return messages * (message(kv * e) + (forward ? 0 : message(kv * f))) + p * c;
+    case SequenceKind::kUlysses:
+      // dK and dV of kv heads that shares have in common are parts of sums.
+      if ((!at_once && !one_by_one) || schedule.heads % schedule.ranks() != 0 ||
+          schedule.kv_heads % schedule.ranks() != 0)
+        return -1;
+      return messages * (message((forward ? q + kv : q) * e / p) +
+                         message((forward ? q : q + kv) * e / p)) +
+             p * c;
+    default:
+      return -1;
+  }
+}
+
+SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
+                              int kv_heads, const SequenceWidths& widths,
+                              const SequenceMachine& machine) {
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  struct Best {
+    SequenceKind kind = SequenceKind::kTokenRing;
+    double seconds = kNever;
+  };
+  std::array<Best, 2> rows;  // by pass
+  std::array<double, 2> ulysses = {};
+  std::array<std::string, 2> all;
+  for (size_t pass = 0; pass < 2; ++pass)
+    for (int k = 0; k < kSequenceKinds; ++k) {
+      const auto kind = static_cast<SequenceKind>(k);
+      const double seconds =
+          SimulateSequence(MakeSequenceSchedule(kind, static_cast<SequencePass>(pass), layout, mask,
+                                                heads, kv_heads),
+                           widths, machine)
+              .seconds;
+      all[pass] += fmt::format("{}{} {:.3g}", k > 0 ? ", " : "", Name(kind), seconds * 1e3);
+      if (kind == SequenceKind::kUlysses)
+        ulysses[pass] = seconds;
+      else if (seconds < rows[pass].seconds)
+        rows[pass] = {kind, seconds};
+    }
+  SequenceChoice choice{rows[0].kind, rows[1].kind, "", rows[0].seconds, rows[1].seconds};
+  if (ulysses[0] + ulysses[1] < rows[0].seconds + rows[1].seconds)
+    choice = {SequenceKind::kUlysses, SequenceKind::kUlysses, "", ulysses[0], ulysses[1]};
+  choice.reason = fmt::format("least milliseconds on a {} fabric: forward {}; backward {}",
+                              Name(machine.fabric), all[0], all[1]);
+  return choice;
+}
+
+}  // namespace shoal

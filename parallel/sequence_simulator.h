@@ -1,0 +1,65 @@
+// A sequence-parallel schedule on a virtual clock, the time model that it follows, and the choice
+// of a schedule by it.
+//
+// A rank computes its tiles one after the other, waits where it receives, and never where it sends.
+// A message takes latency + bytes / bandwidth on each resource that it passes; a resource serves
+// one message after the other:
+//   ring  2 P directed links between neighbours; further ranks are reached by the shorter way, a
+//         message being passed on when all of it is there
+//   mesh  P (P-1) directed links
+//   port  each rank has one way out and one way in, between which a switch loses no time
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "parallel/sequence_schedule.h"
+
+namespace shoal {
+
+enum class SequenceFabric { kRing, kMesh, kPort };
+const char* Name(SequenceFabric fabric);
+
+struct SequenceMachine {
+  SequenceFabric fabric = SequenceFabric::kPort;
+  double flops = 1e11;      // per second and rank, of attention's products
+  double bandwidth = 1e10;  // bytes per second of a resource
+  double latency = 5e-6;    // seconds, of a resource
+};
+
+struct SequenceSimulation {
+  double seconds = 0;
+  double compute = 0;  // of the busiest rank
+  double exposed = 0;  // the most that a rank waits
+  int waits = 0;       // receives that came before their message, over all ranks
+};
+SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const SequenceWidths& widths,
+                                    const SequenceMachine& machine);
+
+// Seconds of full attention (no mask) where P divides the tokens, in closed form. C is the time of
+// a tile of a rank's queries with a rank's keys, M_x that of a message of x:
+//   kv_ring_one_way    forward: C + (P-1) max(C, M_kv), on every fabric
+//   kv_ring            the same with half of the rows in a message; ring and mesh, P > 2
+//   token_ring_relay   mesh: max(C/2, M_q) + C + (P-2) max(C, M_q) + max(C/2, M_o); backward with
+//                      {Q, dO, lse, delta} for q and dQ for o
+//   token_ring         mesh, P <= 4: max(C/2, M_q) + (P-1) C + max(C/2, M_o); backward alike
+//   kv_direct          forward: mesh, P <= 4: max(C, M_kv) + (P-1) C
+//   all_gather         M_kv + P C + M_dkv, the last backward only; mesh, P <= 4
+//   ulysses            M_in + P C + M_out; mesh, P <= 4
+// On a port the last two have P-1 messages one after the other, for any P. Negative where there is
+// no form.
+double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
+                         const SequenceMachine& machine);
+
+struct SequenceChoice {
+  SequenceKind forward, backward;
+  std::string reason;
+  double forward_seconds = 0, backward_seconds = 0;
+};
+// What takes the least simulated time. Ulysses keeps other things for its backward than the rest
+// do, so it is chosen for both passes or for none.
+SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
+                              int kv_heads, const SequenceWidths& widths,
+                              const SequenceMachine& machine);
+
+}  // namespace shoal

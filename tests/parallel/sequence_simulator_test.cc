@@ -1,0 +1,168 @@
+// Sequence-parallel schedules on a virtual clock: the time model, known ratios, and the choice.
+#include "parallel/sequence_simulator.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace shoal {
+namespace {
+
+using Kind = SequenceKind;
+
+constexpr SequenceFabric kFabrics[] = {SequenceFabric::kRing, SequenceFabric::kMesh,
+                                       SequenceFabric::kPort};
+constexpr SequencePass kPasses[] = {SequencePass::kForward, SequencePass::kBackward};
+
+struct Shape {
+  int ranks = 4;
+  int heads = 8, kv_heads = 8;
+  bool causal = false;
+  SequenceWidths widths = {.batch = 1, .head_dim = 128};
+  int64_t rows = 1024;  // per rank
+
+  SequenceSchedule Make(Kind kind, SequencePass pass) const {
+    const auto layout = causal ? SequenceLayoutKind::kZigzag : SequenceLayoutKind::kContiguous;
+    return MakeSequenceSchedule(kind, pass, SequenceLayout(layout, rows * ranks, ranks),
+                                {.causal = causal}, heads, kv_heads);
+  }
+  SequenceSimulation Simulate(Kind kind, SequencePass pass, const SequenceMachine& machine) const {
+    return SimulateSequence(Make(kind, pass), widths, machine);
+  }
+};
+
+// Links without end, or processors without end.
+SequenceMachine Machine(SequenceFabric fabric, double flops, double latency = 0) {
+  return {fabric, flops, 1e9, latency};
+}
+constexpr double kNoCompute = 1e30;
+
+TEST(SequenceSimulator, FollowsTheTimeModel) {
+  int compared = 0;
+  for (const int ranks : {2, 3, 4, 8})
+    for (const auto& [heads, kv] : {std::pair{8, 8}, {8, 2}, {24, 24}})
+      for (const SequenceFabric fabric : kFabrics)
+        for (const double flops : {1e9, 1e11, 1e12, 3e12, 1e13, kNoCompute})
+          for (const double latency : {0.0, 1e-4})
+            for (const SequencePass pass : kPasses)
+              for (int kind = 0; kind < kSequenceKinds; ++kind) {
+                const Shape s{.ranks = ranks, .heads = heads, .kv_heads = kv};
+                const SequenceMachine machine = Machine(fabric, flops, latency);
+                const SequenceSchedule schedule = s.Make(static_cast<Kind>(kind), pass);
+                const double model = SequenceTimeModel(schedule, s.widths, machine);
+                if (model < 0) continue;
+                ++compared;
+                EXPECT_NEAR(SimulateSequence(schedule, s.widths, machine).seconds, model,
+                            0.01 * model)
+                    << Name(schedule.kind) << " " << Name(pass) << " " << Name(fabric) << " P "
+                    << ranks << " heads " << heads << "/" << kv << " flops " << flops << " latency "
+                    << latency;
+              }
+  EXPECT_GT(compared, 1000);
+}
+
+// Of times with free compute, 4 ranks and as many kv heads as heads, over kv_ring_one_way.
+double Ratio(Kind kind, SequencePass pass, SequenceFabric fabric, int64_t element,
+             int64_t partial) {
+  Shape s;
+  s.widths.element = element;
+  s.widths.partial = partial;
+  const SequenceMachine machine = Machine(fabric, kNoCompute);
+  return s.Simulate(kind, pass, machine).seconds /
+         s.Simulate(Kind::kKvRingOneWay, pass, machine).seconds;
+}
+
+// lse, which the round numbers leave out, is 1.6 % of Q.
+TEST(SequenceSimulator, RatiosOverTheOneWayRing) {
+  using enum SequenceFabric;
+  const auto forward = [](Kind kind, SequenceFabric fabric, int64_t partial) {
+    return Ratio(kind, SequencePass::kForward, fabric, 2, partial);
+  };
+  EXPECT_NEAR(forward(Kind::kTokenRingRelay, kMesh, 2), 4.0 / 6, 0.005);
+  EXPECT_NEAR(forward(Kind::kTokenRingRelay, kMesh, 4), 5.0 / 6, 0.006);
+  EXPECT_NEAR(forward(Kind::kTokenRing, kMesh, 2), 2.0 / 6, 0.005);
+  EXPECT_NEAR(forward(Kind::kTokenRing, kMesh, 4), 3.0 / 6, 0.005);
+  EXPECT_NEAR(forward(Kind::kTokenRing, kPort, 2), 1, 0.01);
+  EXPECT_NEAR(forward(Kind::kTokenRing, kPort, 4), 1.5, 0.01);
+  // Travelling sums are f32: 3 hops of 4 bytes in half of the rows, and the first of Q.
+  EXPECT_NEAR(forward(Kind::kTokenRingLagged, kRing, 2), 4.5 / 6, 0.01);
+  // The rivals: two directions halve the ring, and on a mesh moving keys straight to their users
+  // ties with moving queries.
+  EXPECT_NEAR(forward(Kind::kKvRing, kRing, 2), 0.5, 1e-6);
+  EXPECT_NEAR(forward(Kind::kKvDirect, kMesh, 2), 2.0 / 6, 1e-6);
+
+  // Our one-way ring sends P-1 times dK and dV, not P times: the owner's part never leaves. So it
+  // takes 36 q bytes where the usual takes 44, and what is 16/44 = 0.36 elsewhere is 16/36 here.
+  const auto backward = [](Kind kind, SequenceFabric fabric, int64_t element) {
+    return Ratio(kind, SequencePass::kBackward, fabric, element, element);
+  };
+  EXPECT_NEAR(backward(Kind::kTokenRingRelay, kMesh, 2), 16.0 / 36, 0.01);
+  EXPECT_NEAR(backward(Kind::kTokenRing, kMesh, 2), 8.0 / 36, 0.005);
+  EXPECT_NEAR(backward(Kind::kTokenRing, kPort, 2), 24.0 / 36, 0.01);
+  // All f32: 3 packets of 8 bytes, and dQ of 4 after the last; the ring takes 3 x 16.
+  EXPECT_NEAR(backward(Kind::kTokenRingRelay, kMesh, 4), 28.0 / 48, 0.01);
+}
+
+// With the self tile in two, what the first half covers of the first message and the second of the
+// last is hidden.
+TEST(SequenceSimulator, NothingIsExposedWhereComputeCoversIt) {
+  for (const bool causal : {false, true})
+    for (const SequencePass pass : kPasses)
+      for (const Kind kind : {Kind::kTokenRing, Kind::kTokenRingRelay, Kind::kTokenRingLagged,
+                              Kind::kKvRing, Kind::kKvDirect}) {
+        const Shape s{.causal = causal};
+        const SequenceSimulation sim = s.Simulate(kind, pass, Machine(SequenceFabric::kMesh, 1e11));
+        EXPECT_EQ(sim.waits, 0) << Name(kind) << " " << Name(pass) << (causal ? " causal" : "");
+        EXPECT_EQ(sim.exposed, 0);
+        EXPECT_DOUBLE_EQ(sim.seconds, sim.compute);
+      }
+}
+
+// Zigzag gives every rank the same to do in every step.
+TEST(SequenceSimulator, ZigzagIsBalanced) {
+  const Shape s{.ranks = 8, .causal = true};
+  const SequenceSimulation sim =
+      s.Simulate(Kind::kTokenRing, SequencePass::kForward, Machine(SequenceFabric::kMesh, 1e9));
+  const double tokens = 8.0 * 1024, all = 4 * tokens * (tokens + 1) / 2 * 8 * 128 / 1e9;
+  EXPECT_NEAR(sim.compute, all / 8, 1e-9 * all);
+}
+
+TEST(SequenceChoice, IsWithinFivePercentOfTheBest) {
+  for (const int kv_heads : {32, 8, 4})
+    for (const int ranks : {2, 4, 8})
+      for (const bool causal : {false, true})
+        for (const double flops : {1e12, 3e13, kNoCompute})
+          for (const SequenceFabric fabric : kFabrics) {
+            Shape s{.ranks = ranks, .heads = 32, .kv_heads = kv_heads, .causal = causal};
+            s.widths.partial = 4;
+            const SequenceMachine machine = Machine(fabric, flops, 5e-6);
+            const SequenceSchedule any = s.Make(Kind::kUlysses, SequencePass::kForward);
+            const SequenceChoice choice =
+                ChooseSequence(any.layout, any.mask, s.heads, s.kv_heads, s.widths, machine);
+            const double chosen[] = {choice.forward_seconds, choice.backward_seconds};
+            // A pass's best among those that go with the other pass; and of both passes together.
+            const auto seconds = [&](Kind kind, SequencePass pass) {
+              return s.Simulate(kind, pass, machine).seconds;
+            };
+            const auto best = [&](SequencePass pass) {
+              double least = std::numeric_limits<double>::infinity();
+              for (int k = 0; k < kSequenceKinds; ++k)
+                if (static_cast<Kind>(k) != Kind::kUlysses)
+                  least = std::min(least, seconds(static_cast<Kind>(k), pass));
+              return least;
+            };
+            const double rows = best(kPasses[0]) + best(kPasses[1]);
+            const double heads =
+                seconds(Kind::kUlysses, kPasses[0]) + seconds(Kind::kUlysses, kPasses[1]);
+            EXPECT_LE(chosen[0] + chosen[1], 1.05 * std::min(rows, heads)) << choice.reason;
+            for (const SequencePass pass : kPasses)
+              if (choice.forward != Kind::kUlysses) {
+                EXPECT_LE(chosen[static_cast<size_t>(pass)], 1.05 * best(pass)) << choice.reason;
+              }
+          }
+}
+
+}  // namespace
+}  // namespace shoal
