@@ -155,7 +155,8 @@ std::vector<ConfigKey> BuildSchema() {
           .LeftOut("balanced by FLOPs"),
 
       KEY(sequence, schedule, "how attention crosses ranks")
-          .OneOf({"auto", "token_ring", "kv_ring", "ulysses", "hybrid", "all_gather"}),
+          .OneOf({"auto", "token_ring", "token_ring_relay", "token_ring_lagged", "kv_ring",
+                  "kv_ring_one_way", "kv_direct", "ulysses", "hybrid", "all_gather"}),
       KEY(sequence, layout, "which tokens a rank holds").OneOf({"contiguous", "zigzag", "striped"}),
 
       KEY(precision, compute, "of the passes; bf16 keeps weights and sums in fp32 as well")

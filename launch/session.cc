@@ -86,6 +86,10 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
     options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
   options.recompute = config.memory.recompute == "full";
   options.partition_activations = config.memory.partition_activations;
+  if (config.sequence.schedule != "auto")
+    options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
+  options.sequence.layout = ParseSequenceLayout(config.sequence.layout);
+  options.sequence.tokens = config.data.sequence_length;
   options.schedule = config.pipeline.schedule;
   options.virtual_stages = static_cast<int>(config.pipeline.virtual_stages);
   if (config.pipeline.blocks)

@@ -235,7 +235,7 @@ void Run::Step(int64_t step) {
   m.step = step;
   m.lr = schedule_.At(step);
   const std::vector<Batch> batches =
-      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().data().rank());
+      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().coordinate(MeshAxis::kDp));
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
   m.seconds = Since(begin);
@@ -283,7 +283,7 @@ std::optional<double> Run::Validate(int64_t step) {
   if (all == 0) return std::nullopt;
   const int64_t sequences = std::min(all, config_.run.validate_sequences.value_or(all));
   return Evaluate(
-             sequences, plan_.micro, step_->mesh().data(),
+             sequences, plan_.micro, step_->mesh().axis(MeshAxis::kDp),
              [&](int64_t first, int64_t count) { return data_.loader->Validation(first, count); },
              [&](const Batch& batch) { return step_->SumLoss(batch); })
       .loss;

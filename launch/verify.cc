@@ -107,7 +107,8 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     }
     for (int64_t step = 1; step <= steps; ++step) {
       const TrainingStep::Result got = many.Run(
-          StepBatches(mine, plan, *data.loader, step, many.mesh().data().rank()), mine.optim.lr);
+          StepBatches(mine, plan, *data.loader, step, many.mesh().coordinate(MeshAxis::kDp)),
+          mine.optim.lr);
       if (one) {
         const TrainingStep::Result expected =
             one->Run(StepBatches(one_config, one_plan, *data.loader, step, 0), mine.optim.lr);

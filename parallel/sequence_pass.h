@@ -33,7 +33,8 @@ struct SequencePassOptions {
 SequenceWidths WidthsOf(int64_t batch, int64_t head_dim, DType dtype,
                         const SequencePassOptions& options);
 
-// `schedule` is of `arrays`' heads, and one that CheckSequenceSchedule lets pass. All ranks call it.
+// `schedule` is of `arrays`' heads, and one that CheckSequenceSchedule lets pass. All ranks call
+// it.
 void RunSequencePass(const SequenceSchedule& schedule, const SequencePassOptions& options,
                      SequenceWire& wire, int rank, SequenceArrays& arrays);
 

@@ -19,7 +19,7 @@ using namespace testing;  // NOLINT: all of parity.h
 struct Cell {
   Recipe recipe = {.steps = 3};
   int dp = 1;
-  int ranks() const { return dp * recipe.tp * recipe.pp; }
+  int ranks() const { return dp * recipe.tp * recipe.pp * recipe.cp; }
   int64_t micro_batches = 1;
 };
 struct Feature {
@@ -43,6 +43,16 @@ const std::vector<Feature>& Features() {
        [](Cell& c) {
          c.recipe.tp = 2;
          c.recipe.sequence_parallel = true;
+       }},
+      {"token ring",
+       [](Cell& c) {
+         c.recipe.cp = 2;
+         c.recipe.attention = SequenceKind::kTokenRing;
+       }},
+      {"ulysses",
+       [](Cell& c) {
+         c.recipe.cp = 2;
+         c.recipe.attention = SequenceKind::kUlysses;
        }},
       {"pipeline",
        [](Cell& c) {
@@ -116,7 +126,9 @@ TEST(Composition, IsAsDocumented) {
          "features in f64 and\n"
          "compares loss, gradient norm and every parameter with one rank that takes the whole "
          "batch at once. `=` means equal\n"
-         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, pipeline "
+         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, token "
+         "ring "
+         "and ulysses attention over two, pipeline "
          "two "
          "stages\nunder 1f1b and zb_v four, with three micro-batches, zero N is "
          "its stage on three,\nhybrid two groups of two ranks, offload the optimizer's states in a "
@@ -155,8 +167,8 @@ TEST(Composition, IsAsDocumented) {
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
-       {"mesh.cp=2", "mesh.ep=2", "memory.recompute=\"selective\"",
-        "memory.offload_activations=true", "method.name=\"lora\"", "checkpoint.async=true"}) {
+       {"mesh.ep=2", "memory.recompute=\"selective\"", "memory.offload_activations=true",
+        "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";

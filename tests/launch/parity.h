@@ -34,7 +34,9 @@ struct Recipe {
   int shard_ranks = 0;
   std::string offload_dir = {};
   bool recompute = false, partition_activations = false;
-  int pp = 1, virtual_stages = 1;
+  int pp = 1, virtual_stages = 1, cp = 1;
+  std::optional<SequenceKind> attention = {};
+  SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   std::string schedule = "1f1b";
 };
 
@@ -105,7 +107,10 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.rule.momentum = 0.9;
   options.clip = 1;
   options.seed = 5;
-  options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp};
+  options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp, .cp = recipe.cp};
+  options.sequence.schedule = recipe.attention;
+  options.sequence.layout = recipe.layout;
+  options.sequence.tokens = recipe.length;
   options.virtual_stages = recipe.virtual_stages;
   options.schedule = recipe.schedule;
   options.recompute = recipe.recompute;
@@ -121,7 +126,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
 // This replica's micro-batches of step s.
 inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step, int64_t s,
                                   int64_t micro_batches, const std::vector<int64_t>& order) {
-  const Communicator& data = step.mesh().data();
+  const Communicator& data = step.mesh().axis(MeshAxis::kDp);
   const int64_t share = kSequences / data.size(), micro = share / micro_batches;
   std::vector<Batch> batches;
   for (int64_t m = 0; m < micro_batches; ++m) {
@@ -164,7 +169,7 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   recipe.tp = 1;
   recipe.zero_stage = recipe.shard_ranks = 0;
   recipe.sequence_parallel = recipe.recompute = recipe.partition_activations = false;
-  recipe.pp = recipe.virtual_stages = 1;
+  recipe.pp = recipe.virtual_stages = recipe.cp = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
   return Train(recipe, *MakeSelfCommunicator(), 1, order);

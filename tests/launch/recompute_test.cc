@@ -82,8 +82,8 @@ TEST(PartitionedActivations, TakeLessMemory) {
   recipe.partition_activations = true;
   const Result parts = TrainOn(recipe, 3, 1);
   EXPECT_TRUE(whole.outcome.parameters == parts.outcome.parameters);
-  // All six inputs are kept in parts; one is whole again while its block is recomputed, and the last
-  // one is remembered.
+  // All six inputs are kept in parts; one is whole again while its block is recomputed, and the
+  // last one is remembered.
   const int64_t input = kSequences * 16 * Model(recipe).d_model * 4;
   EXPECT_LE(parts.activations, whole.activations - 4 * input * 2 / 3);
   // Where values lie apart by tokens, there is nothing left to part but what was gathered.
