@@ -12,6 +12,7 @@
 
 #include "core/base/build_config.h"
 #include "core/base/error.h"
+#include "core/shared_range.h"
 #include "kernels/cuda_runtime.h"
 
 #ifdef __SANITIZE_ADDRESS__
@@ -114,13 +115,15 @@ class RangeAllocator : public Allocator {
         if (device_.type == DeviceType::kCuda) cuda::Free(data);
       }
     }
+    if (shared_ != nullptr) ASAN_UNPOISON_MEMORY_REGION(shared_->begin(), shared_used_);
   }
 
   void* Allocate(size_t bytes, MemoryClass memory_class) override {
     const std::lock_guard lock(mutex_);
     if (bytes > kMaxBytes) Exhausted(bytes, memory_class);
     const size_t size = RoundUp(std::max<size_t>(bytes, 1) + kGap, kAlignment);
-    uintptr_t begin = ranges_.Take(size);
+    uintptr_t begin = Exchanged(memory_class) ? TakeShared(size) : 0;
+    if (begin == 0) begin = ranges_.Take(size);
     if (begin == 0 && device_.type == DeviceType::kCuda) {
       GrowCuda(size);
       begin = ranges_.Take(size);
@@ -136,7 +139,7 @@ class RangeAllocator : public Allocator {
     if (device_.type == DeviceType::kCpu) {
       ASAN_UNPOISON_MEMORY_REGION(data, bytes);
       ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, size - bytes);
-      highest_ = std::max(highest_, begin + size);
+      if (!InShared(data)) highest_ = std::max(highest_, begin + size);
     }
     return data;
   }
@@ -150,7 +153,16 @@ class RangeAllocator : public Allocator {
     stats_.live[static_cast<int>(block.memory_class)] -= block.bytes;
     stats_.live_total -= block.bytes;
     if (device_.type == DeviceType::kCpu) ASAN_POISON_MEMORY_REGION(data, block.size);
-    ranges_.Release(reinterpret_cast<uintptr_t>(data), block.size);
+    (InShared(data) ? shared_blocks_ : ranges_)
+        .Release(reinterpret_cast<uintptr_t>(data), block.size);
+  }
+
+  void Share(std::shared_ptr<SharedRange> range) override {
+    const std::lock_guard lock(mutex_);
+    SHOAL_CHECK(shared_ == nullptr && device_.type == DeviceType::kCpu, "allocator",
+                "a second shared range, or one for {}", Name(device_.type));
+    shared_ = std::move(range);
+    shared_blocks_.AddRange(SharedBegin(), shared_->size());
   }
 
   MemoryStats stats() const override {
@@ -170,6 +182,21 @@ class RangeAllocator : public Allocator {
     int64_t bytes;  // asked for
     MemoryClass memory_class;
   };
+
+  static bool Exchanged(MemoryClass memory_class) {
+    return memory_class == MemoryClass::kParameters || memory_class == MemoryClass::kGradients ||
+           memory_class == MemoryClass::kCommunication;
+  }
+  uintptr_t SharedBegin() const { return reinterpret_cast<uintptr_t>(shared_->begin()); }
+  uintptr_t TakeShared(size_t size) {
+    const uintptr_t begin = shared_blocks_.Take(size);
+    if (begin != 0) {
+      shared_used_ = std::max(shared_used_, begin + size - SharedBegin());
+      shared_->Prepare(shared_used_);
+    }
+    return begin;
+  }
+  bool InShared(const void* data) const { return shared_ != nullptr && shared_->Holds(data, 1); }
 
   // Address space is reserved far beyond the machine's memory and costs nothing until touched; one
   // range means that any freed neighbours merge. Limits on address space make it smaller.
@@ -224,6 +251,9 @@ class RangeAllocator : public Allocator {
   BestFit ranges_;
   std::vector<std::pair<uintptr_t, size_t>> segments_;
   uintptr_t highest_ = 0;  // end of the highest block so far, on the CPU
+  std::shared_ptr<SharedRange> shared_;
+  BestFit shared_blocks_;
+  size_t shared_used_ = 0;  // bytes up to the end of its highest block so far
   std::unordered_map<uintptr_t, Block> blocks_;
   MemoryStats stats_;
 };

@@ -2,9 +2,9 @@
 // the figures in metrics.jsonl and in `plan` are sums over the same calls.
 //
 // Blocks come from one address range per allocator by best fit and are merged with their neighbours
-// when freed. Memory that was touched once stays mapped (huge pages where the system gives them),
-// so a steady training step takes no page faults. Thread-safe: a tensor may be freed by another
-// thread.
+// when freed; what ranks of one host exchange may come from a second range, which all of them map.
+// Memory that was touched once stays mapped (huge pages where the system gives them), so a steady
+// training step takes no page faults. Thread-safe: a tensor may be freed by another thread.
 #pragma once
 
 #include <array>
@@ -16,6 +16,8 @@
 #include "core/base/stream.h"
 
 namespace shoal {
+
+class SharedRange;
 
 enum class MemoryClass : uint8_t {
   kParameters,
@@ -48,6 +50,9 @@ class Allocator : public ScratchSource {
   virtual void Free(void* data) = 0;
   virtual MemoryStats stats() const = 0;
   virtual void ResetPeak() = 0;  // peaks become the live figures
+  // From now on parameters, gradients and communication lie in `range` while it has room. Once, and
+  // for kCpu only.
+  virtual void Share(std::shared_ptr<SharedRange> range) = 0;
 
   void* AllocateScratch(size_t bytes) override { return Allocate(bytes, MemoryClass::kWorkspace); }
   void FreeScratch(void* data) override { Free(data); }

@@ -19,6 +19,8 @@ const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
 bool GradEnabled() { return grad_enabled; }
 NoGrad::NoGrad() : previous_(grad_enabled) { grad_enabled = false; }
 NoGrad::~NoGrad() { grad_enabled = previous_; }
+EnableGrad::EnableGrad() : previous_(grad_enabled) { grad_enabled = true; }
+EnableGrad::~EnableGrad() { grad_enabled = previous_; }
 
 Node::Node(const char* name, const Dims& shape, DType dtype)
     : name_(name), sequence_(next_sequence++), shape_(shape), dtype_(dtype) {}
@@ -46,11 +48,28 @@ bool WantsGradient(const std::vector<Tensor>& inputs) {
          });
 }
 
+namespace {
+
+// What an op keeps beside its operands and its result (statistics, say) differs between ranks where
+// an operand does.
+void PlaceKept(const std::vector<Tensor>& inputs, const Tensor& out,
+               const std::vector<Tensor>& kept) {
+  for (const Tensor& t : kept) {
+    if (!t.defined() || !IsFloat(t.dtype()) || !t.placement().invariant() || t.is(out)) continue;
+    if (std::any_of(inputs.begin(), inputs.end(), [&](const Tensor& in) { return in.is(t); }))
+      continue;
+    t.set_placement(VaryingLike(inputs));
+  }
+}
+
+}  // namespace
+
 Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
               const RecordOptions& options) {
   out.set_placement(options.placement ? *options.placement
                                       : UniformPlacement(name, inputs, options.linear));
+  PlaceKept(inputs, out, kept);
   if (!WantsGradient(inputs)) return out;
   auto node =
       std::make_shared<Node>(name, out.shape(), options.gradient_dtype.value_or(out.dtype()));
@@ -160,8 +179,9 @@ class BackwardPass {
 
   // Runs a node's backward for `part` and drops what it kept unless the other half is still to
   // come.
-  static void Call(Node& node, Tensor grad, GradContext::Part part) {
-    GradContext context(node, std::move(grad), part);
+  static void Call(Node& node, Tensor grad, GradContext::Part part,
+                   const BackwardOptions& options) {
+    GradContext context(node, std::move(grad), part, options);
     node.backward_(context);
     if (part == GradContext::Part::kInputs) return;
     node.saved_.clear();
@@ -228,12 +248,12 @@ class BackwardPass {
     }
   }
 
+  void Arrive(Leaf& leaf) const {
+    if (leaf.grad.defined()) Fire(leaf, options_.final_micro_batch);
+  }
+
   void Process(const std::shared_ptr<Node>& node) {
-    if (node->is_leaf()) {
-      auto& leaf = static_cast<Leaf&>(*node);
-      if (leaf.grad.defined()) Fire(leaf, options_.final_micro_batch);
-      return;
-    }
+    if (node->is_leaf()) return Arrive(static_cast<Leaf&>(*node));  // the root itself
     Tensor grad = std::move(node->gradient_);
     node->gradient_ = Tensor();
     const bool split = options_.deferred != nullptr && node->split_ && !Weights(*node).empty();
@@ -242,19 +262,24 @@ class BackwardPass {
     if (grad.defined()) {
       if (split) {
         const bool passes_on =
-            std::any_of(node->inputs_.begin(), node->inputs_.end(), [](const auto& input) {
-              return input != nullptr && !input->is_weight();
-            });
-        if (passes_on) Call(*node, grad, GradContext::Part::kInputs);
+            std::any_of(node->inputs_.begin(), node->inputs_.end(),
+                        [](const auto& input) { return input != nullptr && !input->is_weight(); });
+        if (passes_on) Call(*node, grad, GradContext::Part::kInputs, options_);
         options_.deferred->work_.push_back({node, std::move(grad)});
       } else {
-        Call(*node, std::move(grad), GradContext::Part::kAll);
+        Call(*node, std::move(grad), GradContext::Part::kAll, options_);
       }
     }
     for (const auto& input : node->inputs_) {
       if (input == nullptr) continue;
       const bool later = options_.deferred != nullptr && input->is_weight();
-      if (--input->pending_ == 0 && !later) ready_.push(input);
+      if (--input->pending_ == 0 && !later) {
+        // A leaf at once: its hooks exchange and free the gradient while the rest is computed.
+        if (input->is_leaf())
+          Arrive(static_cast<Leaf&>(*input));
+        else
+          ready_.push(input);
+      }
       if (later && !split) options_.deferred->done_.push_back(input);
     }
     if (!split) node->inputs_.clear();
@@ -288,7 +313,7 @@ void DeferredGradients::Run() {
     if (--count(leaf) == 0 && leaf->grad.defined()) BackwardPass::Fire(*leaf, final_);
   };
   for (Work& work : all) {
-    BackwardPass::Call(*work.node, std::move(work.grad), GradContext::Part::kLeaves);
+    BackwardPass::Call(*work.node, std::move(work.grad), GradContext::Part::kLeaves, {});
     for (Leaf* leaf : BackwardPass::Weights(*work.node)) use(leaf);
     work.node.reset();
   }

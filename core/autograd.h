@@ -17,6 +17,7 @@
 namespace shoal {
 
 class GradContext;
+struct BackwardOptions;
 struct RecordOptions;
 
 class Node {
@@ -79,6 +80,8 @@ class GradContext {
   // Gives the gradient up; if exclusive() holds for the result, it may be overwritten.
   Tensor TakeGrad() { return std::move(grad_); }
   Tensor Saved(int i);  // as kept by Record
+  // Of the pass that this is part of.
+  const BackwardOptions& options() const { return options_; }
   bool Needs(int i) const;
 
   // The place for input i's gradient: write it, or add to it if `accumulate`.
@@ -94,12 +97,13 @@ class GradContext {
   friend class BackwardPass;
   friend class DeferredGradients;
   enum class Part { kAll, kInputs, kLeaves };
-  GradContext(Node& node, Tensor grad, Part part)
-      : node_(node), grad_(std::move(grad)), part_(part) {}
+  GradContext(Node& node, Tensor grad, Part part, const BackwardOptions& options)
+      : node_(node), grad_(std::move(grad)), part_(part), options_(options) {}
 
   Node& node_;
   Tensor grad_;
   Part part_;
+  const BackwardOptions& options_;
 };
 
 // Weight gradients that a backward left for later: the W half of a split backward (zero-bubble
@@ -150,6 +154,17 @@ class NoGrad {
   ~NoGrad();
   NoGrad(const NoGrad&) = delete;
   NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool previous_;
+};
+// For a forward inside a backward.
+class EnableGrad {
+ public:
+  EnableGrad();
+  ~EnableGrad();
+  EnableGrad(const EnableGrad&) = delete;
+  EnableGrad& operator=(const EnableGrad&) = delete;
 
  private:
   bool previous_;

@@ -67,7 +67,8 @@ void Module::RemoveChild(std::string_view name) {
 Tensor Module::Hooked(const Tensor& x, const std::function<Tensor(const Tensor&)>& forward) {
   for (const auto& hook : hooks_.pre_forward) hook(*this);
   const Tensor in = BackwardHook("post_backward", this, hooks_.post_backward, x);
-  const Tensor out = BackwardHook("pre_backward", this, hooks_.pre_backward, forward(in));
+  const Tensor out = BackwardHook("pre_backward", this, hooks_.pre_backward,
+                                  hooks_.around ? hooks_.around(in, forward) : forward(in));
   for (const auto& hook : hooks_.post_forward) hook(*this);
   return out;
 }

@@ -19,6 +19,8 @@ class Module;
 struct ModuleHooks {
   using Hook = std::function<void(Module&)>;
   std::vector<Hook> pre_forward, post_forward, pre_backward, post_backward;
+  // Runs the forward (of one tensor), inside the other hooks; by default as it is.
+  std::function<Tensor(const Tensor&, const std::function<Tensor(const Tensor&)>&)> around;
 };
 
 class Module {

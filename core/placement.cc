@@ -122,6 +122,14 @@ Placement UniformPlacement(const char* op, std::span<const Tensor> operands, boo
                       [&](MeshAxis axis) { return UniformPlacement(op, axis, operands, linear); });
 }
 
+Placement VaryingLike(std::span<const Tensor> operands) {
+  return PlacePerAxis(operands, [&](MeshAxis axis) -> AxisPlacement {
+    for (const Tensor& t : operands)
+      if (t.defined() && !On(t, axis).SameOnAllRanks()) return {Kind::kVarying};
+    return {};
+  });
+}
+
 void CheckWholeRows(const char* op, const Tensor& x) {
   if (x.placement().invariant()) return;
   for (int a = 0; a < kMeshAxes; ++a) {

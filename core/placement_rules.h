@@ -42,6 +42,9 @@ Placement PlacePerAxis(std::span<const Tensor> operands, F&& rule) {
 // of a row.
 void CheckWholeRows(const char* op, const Tensor& x);
 
+// Varying where an operand differs between the ranks, else invariant.
+Placement VaryingLike(std::span<const Tensor> operands);
+
 // After a reshape.
 Placement ReshapedPlacement(const char* op, const Tensor& x, const Dims& shape);
 

@@ -59,7 +59,8 @@ Tensor Tensor::FromHost(const void* values, size_t count, const Dims& shape, DTy
               count, shape.ToString());
   Tensor t = Empty(shape, dtype, memory_class);
   const size_t bytes = count * SizeOf(dtype);
-  if (t.device().type == DeviceType::kCpu) std::memcpy(t.storage().data(), values, bytes);
+  if (t.device().type == DeviceType::kCpu && bytes > 0)
+    std::memcpy(t.storage().data(), values, bytes);
   if constexpr (kHaveCuda) {
     if (t.device().type == DeviceType::kCuda) {
       cuda::CopyToDevice(ExecutionContext::Current().stream().handle, t.storage().data(), values,

@@ -164,6 +164,7 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
       });
       ExecutionContext context(device);
       const ContextScope scope(context);
+      communicator->ShareMemory();
       return f(*communicator);
     });
   } catch (const Error& e) {

@@ -75,7 +75,7 @@ struct MeshConfig {
 struct ZeroConfig {
   int64_t stage = 0;
   std::optional<int64_t> shard_ranks;  // left out: all that share parameters
-  int64_t bucket = int64_t{32} << 20;  // bytes
+  int64_t bucket = int64_t{8} << 20;   // bytes
   std::string offload = "none";
   std::optional<std::string> offload_dir;  // left out: on the disk of run.dir
   bool operator==(const ZeroConfig&) const = default;
@@ -84,6 +84,7 @@ struct ZeroConfig {
 struct PipelineConfig {
   std::string schedule = "1f1b";
   int64_t virtual_stages = 1;
+  std::optional<std::vector<int64_t>> blocks;  // of each stage; left out: balanced
   bool operator==(const PipelineConfig&) const = default;
 };
 
@@ -103,6 +104,7 @@ struct MemoryConfig {
   std::string recompute = "none";
   std::optional<int64_t> budget;  // bytes
   bool offload_activations = false;
+  bool partition_activations = false;
   bool operator==(const MemoryConfig&) const = default;
 };
 

@@ -130,6 +130,19 @@ class Assign {
     return "";
   }
 
+  std::string operator()(std::vector<int64_t>* out) const {
+    const toml::array* list = node_.as_array();
+    if (!list) return WrongType();
+    for (const toml::node& item : *list) {
+      if (!item.is_integer())
+        return fmt::format("holds {}, but takes {}", TypeName(item), Allowed(key_));
+      out->push_back(*item.value_exact<int64_t>());
+      if (std::string problem = OutOfRange(static_cast<double>(out->back())); !problem.empty())
+        return problem;
+    }
+    return out->empty() ? "is empty" : "";
+  }
+
   template <class T>
   std::string operator()(std::optional<T>* out) const {
     T value{};
@@ -360,6 +373,7 @@ Config ParseConfig(std::string_view toml, std::string_view source_name,
   MakeAbsolute(&config.data.path);
   if (config.data.tokenizer != "bytes") MakeAbsolute(&config.data.tokenizer);
   if (config.model.from) MakeAbsolute(&*config.model.from);
+  if (config.pipeline.schedule.ends_with(".csv")) MakeAbsolute(&config.pipeline.schedule);
   return config;
 }
 

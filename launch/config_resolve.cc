@@ -190,6 +190,11 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
                  "zero.shard_ranks {} shares nothing at zero.stage 0: set zero.stage to 1, 2 or 3",
                  shard);
   }
+  if (config.data.sequence_length < mesh.cp)
+    SHOAL_FAIL(ErrorKind::kConfig, "mesh",
+               "mesh.cp {} gives some ranks none of the {} tokens of a sequence: set it to {} at "
+               "most",
+               mesh.cp, config.data.sequence_length, config.data.sequence_length);
   const int64_t sequences = config.batch.sequences;
   if (sequences < plan.dp)
     SHOAL_FAIL(ErrorKind::kConfig, "batch",
@@ -226,10 +231,9 @@ void CheckSupported(const Config& config) {
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",
                  what);
   };
-  later(config.mesh.pp > 1, fmt::format("mesh.pp = {}", config.mesh.pp));
-  later(config.mesh.cp > 1, fmt::format("mesh.cp = {}", config.mesh.cp));
+  later(config.sequence.schedule == "hybrid", "sequence.schedule = \"hybrid\"");
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
-  later(config.memory.recompute != "none",
+  later(config.memory.recompute != "none" && config.memory.recompute != "full",
         fmt::format("memory.recompute = \"{}\"", config.memory.recompute));
   later(config.memory.offload_activations, "memory.offload_activations = true");
   later(config.method.name != "full", fmt::format("method.name = \"{}\"", config.method.name));

@@ -150,9 +150,13 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})
           .OrFile(".csv"),
       KEY(pipeline, virtual_stages, "stages of one rank").In(1, 1000),
+      KEY(pipeline, blocks, "how many blocks each stage has, in the order of the model")
+          .In(0, kSize)
+          .LeftOut("balanced by FLOPs"),
 
       KEY(sequence, schedule, "how attention crosses ranks")
-          .OneOf({"auto", "token_ring", "kv_ring", "ulysses", "hybrid", "all_gather"}),
+          .OneOf({"auto", "token_ring", "token_ring_relay", "token_ring_lagged", "kv_ring",
+                  "kv_ring_one_way", "kv_direct", "ulysses", "hybrid", "all_gather"}),
       KEY(sequence, layout, "which tokens a rank holds").OneOf({"contiguous", "zigzag", "striped"}),
 
       KEY(precision, compute, "of the passes; bf16 keeps weights and sums in fp32 as well")
@@ -164,6 +168,8 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(memory, recompute, "activations that backward computes again")
           .OneOf({"none", "full", "selective", "auto"}),
       KEY(memory, budget, "memory of one rank").Bytes().LeftOut("no limit"),
+      KEY(memory, partition_activations,
+          "tensor-parallel ranks keep parts of what all of them would keep"),
       KEY(memory, offload_activations, "keep activations on the host between the passes"),
 
       KEY(method, name, "which weights are trained, and how")
@@ -203,6 +209,9 @@ struct AllowedVisitor {
   std::string operator()(bool*) const { return "true or false"; }
   std::string operator()(std::array<double, 2>*) const {
     return "two numbers, each " + RangeText(key);
+  }
+  std::string operator()(std::vector<int64_t>*) const {
+    return "a list of integers, each " + RangeText(key);
   }
   template <class T>
   std::string operator()(std::optional<T>*) const {

@@ -12,9 +12,10 @@
 namespace shoal {
 
 // Where a key's value lives. An optional one may stay without a value.
-using ConfigField = std::variant<std::string*, int64_t*, double*, bool*, std::array<double, 2>*,
-                                 std::optional<std::string>*, std::optional<int64_t>*,
-                                 std::optional<double>*, std::optional<bool>*>;
+using ConfigField =
+    std::variant<std::string*, int64_t*, double*, bool*, std::array<double, 2>*,
+                 std::optional<std::string>*, std::optional<int64_t>*, std::optional<double>*,
+                 std::optional<bool>*, std::optional<std::vector<int64_t>>*>;
 
 struct ConfigKey {
   const char* section = "";

@@ -44,6 +44,9 @@ struct ValueText {
   std::string operator()(const std::array<double, 2>* v) const {
     return fmt::format("[{}, {}]", ExactFloat((*v)[0]), ExactFloat((*v)[1]));
   }
+  std::string operator()(const std::vector<int64_t>* v) const {
+    return fmt::format("[{}]", fmt::join(*v, ", "));
+  }
   template <class T>
   std::string operator()(const std::optional<T>* v) const {
     return *v ? (*this)(&**v) : "";

@@ -65,6 +65,22 @@ StateBytes StatesOf(const TrainingOptions& options) {
           (master + states) * static_cast<double>(SizeOf(wide))};
 }
 
+PipelineSimulation SimulateStep(const TrainingOptions& options) {
+  const std::vector<int> stages = StagesOf(options);
+  const std::vector<double> segments = SegmentCosts(options.model, options.length);
+  PipelineCosts costs = {{}, {}, {}};
+  for (size_t s = 0; s + 1 < stages.size(); ++s) {
+    double forward = 0;
+    for (int i = stages[s]; i < stages[s + 1]; ++i) forward += segments[static_cast<size_t>(i)];
+    costs.forward.push_back(forward);
+    // Nothing asks for the gradient of the tokens.
+    const double no_input = s == 0 ? segments[0] : 0;
+    costs.backward_input.push_back(forward - no_input);
+    costs.backward_weight.push_back(forward);
+  }
+  return SimulatePipeline(ScheduleOf(options, options.micro_batches), costs);
+}
+
 int64_t Plan::peak() const {
   int64_t peak = 0;
   for (const RankPlan& rank : ranks) peak = std::max(peak, rank.memory.peak_total);
@@ -88,6 +104,9 @@ Plan MakePlan(const Config& config, int ranks) {
                                                config.data.sequence_length);
   plan.flops_per_token = 6.0 * static_cast<double>(matmul) + 6 * attention;
   plan.flops_per_token_full = 6.0 * static_cast<double>(matmul) + 12 * attention;
+  const TrainingOptions options = MakeTrainingOptions(config, plan.batch);
+  plan.stages = StagesOf(options);
+  plan.pipeline = SimulateStep(options);
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
     plan.ranks.push_back(PlanRank(config, plan.batch, rank, ranks));
@@ -108,7 +127,7 @@ std::string PlanJson(const Plan& plan) {
       wire[Name(static_cast<MeshAxis>(a))] = rank.wire_bytes[static_cast<size_t>(a)];
     json["ranks"].push_back({{"rank", rank.rank}, {"bytes", bytes}, {"wire_bytes", wire}});
   }
-  json["bubble"] = 0.0;
+  json["bubble"] = plan.pipeline.bubble;
   json["fits"] = plan.fits();
   json["parameters"] = plan.parameters;
   json["tokens_per_step"] = plan.tokens_per_step;
@@ -119,6 +138,35 @@ std::string PlanJson(const Plan& plan) {
   json["flops_per_token_full_attention"] = plan.flops_per_token_full;
   return json.dump(2);
 }
+
+namespace {
+
+std::string PipelineText(const Plan& plan, const Config& config) {
+  const PipelineSimulation& sim = plan.pipeline;
+  const PipelineSchedule& schedule = sim.schedule;
+  std::string text = fmt::format(
+      "\npipeline               {}, {} stages, {} micro-batches: bubble {:.1f} % over ideal, if "
+      "passes take their FLOPs\n",
+      config.pipeline.schedule, schedule.stages(), schedule.micro_batches, 100 * sim.bubble);
+  const auto blocks = static_cast<int>(plan.stages.back()) - LanguageModel::kOtherSegments;
+  for (int rank = 0; rank < schedule.ranks; ++rank) {
+    std::string holds;
+    for (int chunk = 0; chunk < schedule.chunks; ++chunk) {
+      const auto stage = static_cast<size_t>(schedule.Stage(rank, chunk));
+      const int begin = std::max(plan.stages[stage], 1);
+      const int end = std::min(plan.stages[stage + 1], blocks + 1);
+      holds += chunk == 0 ? "" : "; ";
+      if (stage == 0) holds += "embedding, ";
+      holds += begin < end ? fmt::format("blocks {}-{}", begin - 1, end - 2) : "no block";
+      if (plan.stages[stage + 1] > blocks + 1) holds += ", head";
+    }
+    text += fmt::format("  {:<20} {}; at most {} in flight\n", fmt::format("pp {}", rank), holds,
+                        sim.facts.peak_activations[static_cast<size_t>(rank)]);
+  }
+  return text + DrawPipelineTimeline(sim) + '\n';
+}
+
+}  // namespace
 
 std::string PlanText(const Plan& plan, const Config& config) {
   const BatchPlan& b = plan.batch;
@@ -149,7 +197,8 @@ std::string PlanText(const Plan& plan, const Config& config) {
   const int columns[] = {1, 4, 16, 64, 256, 1024};
   for (const int n : columns) text += fmt::format("{:>9}", fmt::format("dp {}", n));
   text += '\n';
-  const double held = static_cast<double>(plan.parameters) / static_cast<double>(config.mesh.tp);
+  const double held =
+      static_cast<double>(plan.parameters) / static_cast<double>(config.mesh.tp * config.mesh.pp);
   for (int stage = 0; stage <= 3; ++stage) {
     text += fmt::format("  {:<20}", fmt::format("zero.stage {}", stage));
     for (const int n : columns)
@@ -174,6 +223,7 @@ std::string PlanText(const Plan& plan, const Config& config) {
     text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", Name(static_cast<MeshAxis>(a)),
                         Mega(sent(plan.ranks[0])), Mega(all));
   }
+  if (config.mesh.pp > 1) text += PipelineText(plan, config);
   text += fmt::format("{:<22} {} ({} {:.0f} MB)\n", "fits", plan.fits() ? "yes" : "no",
                       plan.budget ? "memory.budget" : "a rank's share of this machine has",
                       Mega(plan.budget.value_or(plan.available)));

@@ -10,6 +10,7 @@
 #include "launch/config.h"
 #include "launch/training_step.h"
 #include "parallel/mesh.h"
+#include "parallel/pipeline_simulator.h"
 
 namespace shoal {
 
@@ -27,6 +28,8 @@ struct Plan {
   double flops_per_token = 0;       // 6 N_matmul + 6 L d T (causal)
   double flops_per_token_full = 0;  // with 12 L d T, as often quoted
   std::vector<RankPlan> ranks;
+  std::vector<int> stages;        // bounds of the pipeline's stages in the model's segments
+  PipelineSimulation pipeline;    // of a step, in FLOPs
   std::optional<int64_t> budget;  // memory.budget
   int64_t available = 0;          // memory of this machine, over the ranks on it
 
@@ -41,6 +44,9 @@ struct StateBytes {
   double PerRank(double parameters, int stage, int ranks) const;
 };
 StateBytes StatesOf(const TrainingOptions& options);
+
+// The passes of a step on a clock of FLOPs; messages take no time.
+PipelineSimulation SimulateStep(const TrainingOptions& options);
 
 // `config` is resolved and supported.
 Plan MakePlan(const Config& config, int ranks);

@@ -18,6 +18,7 @@
 #include "launch/failure.h"
 #include "launch/metrics.h"
 #include "launch/run_directory.h"
+#include "launch/timeline.h"
 
 namespace shoal {
 namespace {
@@ -358,6 +359,7 @@ std::string RenderReport(const std::string& run) {
   if (!facts.sample.empty())
     html += fmt::format("<h2>A text it wrote</h2>\n<pre class=\"sample\">{}</pre>\n",
                         EscapeHtml(facts.sample));
+  html += TimelineHtml(RunDirectory::Attach(run).pipeline_path());
   html += Table(facts);
   if (!facts.config_problem.empty())
     html +=

@@ -31,6 +31,8 @@ class RunDirectory {
   const std::string& path() const { return path_; }
   std::string config_path() const { return path_ + "/config.toml"; }
   std::string plan_path() const { return path_ + "/plan.json"; }
+  // Pictures of a pipeline's last step; only if there is one.
+  std::string pipeline_path() const { return path_ + "/pipeline.json"; }
   std::string metrics_path() const { return path_ + "/metrics.jsonl"; }
   std::string checkpoints_path() const { return path_ + "/checkpoints"; }
   std::string log_path(int rank) const;

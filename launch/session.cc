@@ -84,7 +84,22 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   // in run.dir, which is made last.
   if (config.zero.offload == "file")
     options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
-  Cut(options.model, options.mesh.tp);  // refuses what cannot be cut
+  options.recompute = config.memory.recompute == "full";
+  options.partition_activations = config.memory.partition_activations;
+  if (config.sequence.schedule != "auto")
+    options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
+  options.sequence.layout = ParseSequenceLayout(config.sequence.layout);
+  options.sequence.tokens = config.data.sequence_length;
+  options.schedule = config.pipeline.schedule;
+  options.virtual_stages = static_cast<int>(config.pipeline.virtual_stages);
+  if (config.pipeline.blocks)
+    options.blocks_per_stage.assign(config.pipeline.blocks->begin(), config.pipeline.blocks->end());
+  options.micro_batches = static_cast<int>(plan.micro_batches);
+  options.length = config.data.sequence_length;
+  // These refuse what cannot be cut or ordered.
+  Cut(options.model, options.mesh.tp);
+  StagesOf(options);
+  CheckPipelineSchedule(ScheduleOf(options, options.micro_batches));
   return options;
 }
 

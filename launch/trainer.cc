@@ -15,6 +15,7 @@
 #include "launch/session.h"
 #include "launch/signals.h"
 #include "launch/tensorboard.h"
+#include "launch/timeline.h"
 #include "optim/lr_schedule.h"
 
 namespace shoal {
@@ -210,6 +211,8 @@ int Run::Loop() {
   step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
   console_.EndProgress();
+  if (config_.mesh.pp > 1 && done_ >= first)
+    WriteTimeline(*step_, options_, communicator_, directory_->pipeline_path());
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
                             finished ? "Finished" : "Stopped", done_, config_.run.steps,
                             done_ - first + 1, Since(begin), last_save_));
@@ -232,7 +235,7 @@ void Run::Step(int64_t step) {
   m.step = step;
   m.lr = schedule_.At(step);
   const std::vector<Batch> batches =
-      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().data().rank());
+      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().coordinate(MeshAxis::kDp));
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
   m.seconds = Since(begin);
@@ -280,7 +283,7 @@ std::optional<double> Run::Validate(int64_t step) {
   if (all == 0) return std::nullopt;
   const int64_t sequences = std::min(all, config_.run.validate_sequences.value_or(all));
   return Evaluate(
-             sequences, plan_.micro, step_->mesh().data(),
+             sequences, plan_.micro, step_->mesh().axis(MeshAxis::kDp),
              [&](int64_t first, int64_t count) { return data_.loader->Validation(first, count); },
              [&](const Batch& batch) { return step_->SumLoss(batch); })
       .loss;

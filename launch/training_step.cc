@@ -6,12 +6,15 @@
 #include <cstring>
 #include <fstream>
 #include <numeric>
+#include <optional>
 #include <sstream>
 
 #include "core/base/mutation.h"
 #include "core/init.h"
 #include "kernels/reduce.h"
+#include "memory/recompute.h"
 #include "optim/clip.h"
+#include "parallel/partitioned_activations.h"
 #include "parallel/tensor_parallel.h"
 
 namespace shoal {
@@ -82,7 +85,14 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   model_->Keep(kept);
   begin_ = ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp),
                                mesh_.axis(MeshAxis::kTp), options.sequence_parallel);
+  if (mesh_.shape().cp > 1) {
+    sequence_ = ApplySequenceParallel(*model_, options.sequence, mesh_.axis(MeshAxis::kCp));
+    sequence_->set_profile(profile_);
+  }
   TieHead();
+  if (options.recompute)
+    for (Module* block : blocks)
+      ApplyRecompute(*block, [this] { return [this, n = tokens_] { begin_(n); }; });
   ZeroOptions zero;
   zero.stage = options.zero_stage;
   zero.shard_ranks = options.shard_ranks;
@@ -139,6 +149,7 @@ PipelineExecutor& TrainingStep::Executor(int micro_batches) {
 int64_t TrainingStep::wire_bytes(MeshAxis axis) const {
   int64_t bytes = mesh_.wire_bytes(axis);
   if (axis == MeshAxis::kDp) bytes += optimizer_->wire_bytes();
+  if (axis == MeshAxis::kCp && sequence_ != nullptr) bytes += sequence_->wire_bytes();
   if (axis == MeshAxis::kPp) {
     bytes += wire_before_ + executor_->wire_bytes();
     if (tied_ != nullptr) bytes += tied_->wire_bytes(Traffic::kData);
@@ -151,13 +162,39 @@ void TrainingStep::set_profile(KernelProfile* profile) {
   mesh_.set_profile(profile);
   optimizer_->set_profile(profile);
   executor_->set_profile(profile);
+  if (sequence_ != nullptr) sequence_->set_profile(profile);
 }
 
 // Each replica has its own sequences.
 Placement TrainingStep::OfReplica() const {
   Placement placement;
   if (mesh_.shape().dp > 1) placement.Set(MeshAxis::kDp, AxisPlacement::Sharded(0));
+  if (mesh_.shape().cp > 1) placement.Set(MeshAxis::kCp, AxisPlacement::Sharded(1));
   return placement;
+}
+
+// The tokens of each sequence that this rank holds.
+Batch TrainingStep::Mine(const Batch& batch) const {
+  if (sequence_ == nullptr) return batch;
+  const Communicator& cp = mesh_.axis(MeshAxis::kCp);
+  const SequenceLayout layout(options_.sequence.layout, batch.length, cp.size());
+  const std::vector<int64_t> tokens = layout.Tokens(cp.rank());
+  Batch mine;
+  mine.count = batch.count;
+  mine.length = static_cast<int64_t>(tokens.size());
+  const auto cut = [&](const auto& all, auto& part) {
+    if (all.empty()) return;
+    for (int64_t b = 0; b < batch.count; ++b)
+      for (const int64_t t : tokens) part.push_back(all[static_cast<size_t>(b * batch.length + t)]);
+  };
+  cut(batch.tokens, mine.tokens);
+  cut(batch.labels, mine.labels);
+  cut(batch.positions, mine.positions);
+  cut(batch.documents, mine.documents);
+  cut(batch.token_numbers, mine.token_numbers);
+  mine.labelled = std::count_if(mine.labels.begin(), mine.labels.end(),
+                                [](int32_t label) { return label != kIgnoredLabel; });
+  return mine;
 }
 
 Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, double normalizer,
@@ -173,7 +210,11 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
   info.seed = options_.seed;
   info.training = training;
-  begin_(batch.count * batch.length);
+  tokens_ = batch.count * batch.length;
+  begin_(tokens_);
+  std::optional<SavedTensorScope> partitioned;
+  if (options_.partition_activations && training)
+    partitioned.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp)));
   Tensor x = in;
   const auto [begin, end] = segments_[static_cast<size_t>(chunk)];
   for (int s = begin; s < end; ++s) {
@@ -199,13 +240,16 @@ Tensor TrainingStep::Boundary(const Batch& batch) const {
         ShardBegin(tokens, tp.rank() + 1, tp.size()) - ShardBegin(tokens, tp.rank(), tp.size()),
         options_.model.d_model};
     placement.Set(MeshAxis::kTp, AxisPlacement::Sharded(0));
+    if (mesh_.shape().cp > 1) placement.Set(MeshAxis::kCp, {AxisPlacement::kVarying});
   }
   Tensor t = Tensor::Empty(shape, options_.compute);
   t.set_placement(placement);
   return t;
 }
 
-TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, double lr) {
+TrainingStep::Result TrainingStep::Run(std::span<const Batch> of_replica, double lr) {
+  std::vector<Batch> micro_batches;
+  for (const Batch& batch : of_replica) micro_batches.push_back(Mine(batch));
   // The one normaliser of the step: a mean of micro-batch means would weigh tokens unequally.
   int64_t labelled = 0;
   for (const Batch& batch : micro_batches) labelled += batch.labelled;
@@ -233,12 +277,14 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
 }
 
 double TrainingStep::SumLoss(const Batch& batch) {
+  const Batch mine = Mine(batch);
   PipelineWork work;
   work.forward = [&](int chunk, int, const Tensor& in) {
-    return Forward(batch, chunk, in, 1, false);
+    return Forward(mine, chunk, in, 1, false);
   };
-  work.boundary = [&](int) { return Boundary(batch); };
-  return mesh_.axis(MeshAxis::kPp).Sum(executor_->Forward(work));
+  work.boundary = [&](int) { return Boundary(mine); };
+  const double loss = mesh_.axis(MeshAxis::kPp).Sum(executor_->Forward(work));
+  return mesh_.axis(MeshAxis::kCp).Sum(loss);
 }
 
 StateDict TrainingStep::State(bool once) {

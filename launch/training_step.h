@@ -10,6 +10,7 @@
 #include "models/registry.h"
 #include "optim/zero/zero.h"
 #include "parallel/pipeline.h"
+#include "parallel/sequence_attention.h"
 #include "parallel/tensor_parallel.h"
 
 namespace shoal {
@@ -27,7 +28,10 @@ struct TrainingOptions {
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   std::string offload_dir;
-  std::string schedule = "1f1b";  // of the pipeline: a kind, or a file
+  bool recompute = false;              // blocks' activations, in backward
+  bool partition_activations = false;  // over tp
+  SequenceOptions sequence;            // of attention over cp
+  std::string schedule = "1f1b";       // of the pipeline: a kind, or a file
   int virtual_stages = 1;
   std::vector<int> blocks_per_stage;  // of the pipeline; empty: as SegmentCosts balance
   int micro_batches = 1;              // per step and replica
@@ -54,16 +58,18 @@ class TrainingStep {
     double grad_norm = 0;  // global, before clipping
     int64_t tokens = 0;    // labelled, over all ranks
   };
-  // `micro_batches`: this replica's share of the step. Collective.
+  // `micro_batches`: this replica's share of the step, whole sequences. Collective.
   Result Run(std::span<const Batch> micro_batches, double lr);
 
-  // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. Ranks
-  // that share a model call it together.
+  // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. The ranks
+  // of a replica call it together.
   double SumLoss(const Batch& batch);
 
   LanguageModel& model() { return *model_; }
   ZeroOptimizer& optimizer() { return *optimizer_; }
   const Mesh& mesh() const { return mesh_; }
+  const PipelineExecutor& pipeline() const { return *executor_; }
+  const SequenceGroup* sequence() const { return sequence_.get(); }
   // Sent by this rank so far over an axis; control scalars are counted apart.
   int64_t wire_bytes(MeshAxis axis) const;
   void set_profile(KernelProfile* profile);
@@ -88,6 +94,7 @@ class TrainingStep {
   // The part of the model that is stage `chunk` of this rank.
   Tensor Forward(const Batch& batch, int chunk, const Tensor& in, double normalizer, bool training);
   Tensor Boundary(const Batch& batch) const;
+  Batch Mine(const Batch& batch) const;
   Placement OfReplica() const;
 
   TrainingOptions options_;
@@ -98,6 +105,8 @@ class TrainingStep {
   int64_t wire_before_ = 0;                    // of executors before this one
   std::vector<std::pair<int, int>> segments_;  // by chunk
   std::function<void(int64_t)> begin_;         // a forward over so many tokens
+  std::shared_ptr<SequenceGroup> sequence_;    // null if cp is 1
+  int64_t tokens_ = 0;                         // of the forward that began last
   std::unique_ptr<Communicator> tied_;         // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
   std::unique_ptr<ZeroOptimizer> optimizer_;

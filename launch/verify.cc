@@ -94,6 +94,7 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     if (world.rank() == 0) {
       TrainingOptions alone = options;
       alone.mesh = {};
+      alone.recompute = alone.partition_activations = false;
       alone.schedule = "1f1b";
       alone.virtual_stages = 1;
       alone.blocks_per_stage.clear();
@@ -106,7 +107,8 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     }
     for (int64_t step = 1; step <= steps; ++step) {
       const TrainingStep::Result got = many.Run(
-          StepBatches(mine, plan, *data.loader, step, many.mesh().data().rank()), mine.optim.lr);
+          StepBatches(mine, plan, *data.loader, step, many.mesh().coordinate(MeshAxis::kDp)),
+          mine.optim.lr);
       if (one) {
         const TrainingStep::Result expected =
             one->Run(StepBatches(one_config, one_plan, *data.loader, step, 0), mine.optim.lr);

@@ -95,7 +95,8 @@ Block::Block(const ModelConfig& config, int layer, std::shared_ptr<UnaryModule> 
 }
 
 Tensor Block::operator()(const Tensor& x, const SequenceInfo& info) {
-  return Hooked(x, [&](const Tensor& in) {
+  // By value: the forward may be run again later.
+  return Hooked(x, [this, info](const Tensor& in) {
     const Tensor mixed = ops::Add(
         in, attention_dropout_->Forward(attention_->Forward((*attention_norm_)(in), info), info));
     return ops::Add(mixed, mlp_dropout_->Forward((*mlp_)((*mlp_norm_)(mixed)), info));

@@ -6,22 +6,23 @@
 #ifdef SHOAL_WITH_MPI
 #define OMPI_SKIP_MPICXX 1  // the C++ bindings would need a library of their own
 #include <mpi.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <climits>
 #include <cstring>
 #include <numeric>
 
+#include "core/context.h"
 #include "parallel/pieces.h"
 #include "parallel/reduce_arrays.h"
-#include "parallel/shared_barrier.h"
+#include "parallel/shared_window.h"
 #include "parallel/watchdog.h"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t kStagingBytes = int64_t{1}
-                                  << 20;  // per rank and buffer: together within the L2 cache
+constexpr int64_t kPartBytes = int64_t{1} << 20;  // to a rank in one of MPI's calls
 
 void Check(int code, const char* call) {
   if (code == MPI_SUCCESS) return;
@@ -85,7 +86,7 @@ class MpiCommunicator : public Communicator {
   ~MpiCommunicator() override {
     if (comm_ == MPI_COMM_WORLD) ProcessWatchdog().reset();
     if (beacons_ != MPI_WIN_NULL) MPI_Win_free(&beacons_);
-    if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
+    if (memory_ != MPI_WIN_NULL) MPI_Win_free(&memory_);
     if (comm_ != MPI_COMM_WORLD) MPI_Comm_free(&comm_);
   }
 
@@ -93,11 +94,11 @@ class MpiCommunicator : public Communicator {
   int size() const override { return size_; }
   std::string host() const override { return host_; }
   void Barrier() override {
-    if (barrier_ != nullptr) return barrier_->Wait(size_);
+    if (window_ != nullptr) return window_->Barrier();
     SHOAL_MPI(MPI_Barrier(comm_));
   }
   void WatchPeers(const std::function<void(int, const std::string&)>& report) override {
-    if (barrier_ == nullptr || comm_ != MPI_COMM_WORLD) return;
+    if (window_ == nullptr || comm_ != MPI_COMM_WORLD) return;
     void* base = nullptr;
     const MPI_Aint bytes = static_cast<MPI_Aint>(sizeof(Beacon)) * size_;
     SHOAL_MPI(
@@ -110,10 +111,32 @@ class MpiCommunicator : public Communicator {
     ProcessWatchdog() =
         std::make_unique<Watchdog>(static_cast<Beacon*>(base), rank_, size_, report);
   }
+  bool ShareMemory() override {
+    if (window_ == nullptr) return false;
+    // All that a rank may need, more than it will find; together no more than four machines.
+    const ExecutionContext& context = ExecutionContext::Current();
+    const size_t machine =
+        static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+    std::shared_ptr<SharedRange> mine;
+    if (context.device().type == DeviceType::kCpu)
+      mine = SharedRange::Create(machine / static_cast<size_t>(size_) *
+                                 static_cast<size_t>(std::min(size_, 4)));
+    const std::vector<std::string> tickets =
+        DoAllGatherStrings(mine != nullptr ? mine->ticket() : "");
+    SharedWindow::Pools pools;
+    for (int r = 0; r < size_; ++r)
+      pools.push_back(r == rank_ ? mine : SharedRange::Open(tickets[static_cast<size_t>(r)]));
+    const bool missing = std::find(pools.begin(), pools.end(), nullptr) != pools.end();
+    if (MaxOverRanks(missing ? 1 : 0) > 0) return false;
+    mine->Close();  // everybody has it
+    context.allocator()->Share(mine);
+    window_->set_pools(std::move(pools));
+    return true;
+  }
   void Abort(int exit_code) override {
     if (size_ > 1) MPI_Abort(MPI_COMM_WORLD, exit_code);
   }
-  bool concurrent() const override { return barrier_ != nullptr || Runtime().multiple; }
+  bool concurrent() const override { return window_ != nullptr || Runtime().multiple; }
 
   std::unique_ptr<Communicator> Subgroup(std::span<const int> members) override {
     const auto mine = std::find(members.begin(), members.end(), rank_) - members.begin();
@@ -124,56 +147,34 @@ class MpiCommunicator : public Communicator {
     auto group = std::make_unique<MpiCommunicator>(comm, shared_memory_);
     SHOAL_CHECK(group->size() == static_cast<int>(members.size()), "subgroup",
                 "the ranks disagree on who is in the group of rank {}", members[0]);
+    if (window_ != nullptr && group->window_ != nullptr && !window_->pools().empty()) {
+      SharedWindow::Pools pools;
+      for (const int member : members)
+        pools.push_back(window_->pools()[static_cast<size_t>(member)]);
+      group->window_->set_pools(std::move(pools));
+    }
     return group;
   }
 
  protected:
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
     const InCollective mark(Collective::kAllReduce);
-    if (barrier_ != nullptr) return AllReduceShared(pieces, op);
-    const std::vector<int64_t> bounds = ShardBounds(Total(pieces), size_);
+    if (window_ != nullptr) return window_->AllReduce(pieces, op);
+    const std::vector<int64_t> bounds = ShardBounds(Elements(pieces), size_);
     ReduceScatterMpi(pieces, bounds, op);
     AllGatherMpi(pieces, bounds);
   }
 
   void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
     const InCollective mark(Collective::kReduceScatter);
-    if (barrier_ == nullptr) return ReduceScatterMpi(pieces, bounds, ReduceOp::kSum);
-    // A chunk holds a part of every rank's share, so that all have sums to take in each. Who fills
-    // a buffer again has passed a barrier that all reached after reading it.
-    const int64_t width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
-    const int64_t part = kStagingBytes / width / size_;
-    std::vector<Cursor> in = Cursors(pieces, bounds);
-    Cursor out(pieces, bounds[static_cast<size_t>(rank_)]);
-    std::vector<const void*> sources(static_cast<size_t>(size_));
-    std::vector<char> sums(static_cast<size_t>(part * width));
-    for (int64_t at = 0; at < LongestShare(bounds); at += part, buffer_ ^= 1) {
-      for (int r = 0; r < size_; ++r)
-        in[static_cast<size_t>(r)].CopyIn(PartOf(bounds, r, at, part),
-                                          Staging(rank_, buffer_) + r * part * width);
-      barrier_->Wait(size_);
-      const int64_t n = PartOf(bounds, rank_, at, part);
-      for (int r = 0; r < size_; ++r)
-        sources[static_cast<size_t>(r)] = Staging(r, buffer_) + rank_ * part * width;
-      if (n > 0) ReduceArrays(pieces[0].dtype, ReduceOp::kSum, sources, sums.data(), n);
-      out.CopyOut(n, sums.data());
-    }
+    if (window_ != nullptr) return window_->ReduceScatter(pieces, bounds);
+    ReduceScatterMpi(pieces, bounds, ReduceOp::kSum);
   }
 
   void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
     const InCollective mark(Collective::kAllGather);
-    if (barrier_ == nullptr) return AllGatherMpi(pieces, bounds);
-    const int64_t part = kStagingBytes / static_cast<int64_t>(SizeOf(pieces[0].dtype));
-    std::vector<Cursor> cursors = Cursors(pieces, bounds);
-    for (int64_t at = 0; at < LongestShare(bounds); at += part, buffer_ ^= 1) {
-      cursors[static_cast<size_t>(rank_)].CopyIn(PartOf(bounds, rank_, at, part),
-                                                 Staging(rank_, buffer_));
-      barrier_->Wait(size_);
-      for (int step = 1; step < size_; ++step) {
-        const int r = (rank_ + step) % size_;
-        cursors[static_cast<size_t>(r)].CopyOut(PartOf(bounds, r, at, part), Staging(r, buffer_));
-      }
-    }
+    if (window_ != nullptr) return window_->AllGather(pieces, bounds);
+    AllGatherMpi(pieces, bounds);
   }
 
   void DoAllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
@@ -181,34 +182,18 @@ class MpiCommunicator : public Communicator {
     const InCollective mark(Collective::kAllToAll);
     const std::vector<int64_t> from = Offsets(send_counts), to = Offsets(receive_counts);
     const int64_t width = static_cast<int64_t>(SizeOf(send.dtype));
-    if (barrier_ == nullptr) {
-      return MoveMpi(
-          from, to, width,
-          [&](int64_t first, int64_t n, char* out) {
-            std::memcpy(out, send.as<char>() + first * width, static_cast<size_t>(n * width));
-          },
-          [&](int, int64_t first, int64_t n, const char* in) {
-            std::memcpy(receive.as<char>() + first * width, in, static_cast<size_t>(n * width));
-          });
+    if (window_ != nullptr) {
+      const int64_t longest = MaxOverRanks(std::max(LongestShare(from), LongestShare(to)));
+      return window_->AllToAll(send, from, receive, to, longest);
     }
-    const int64_t part = kStagingBytes / width / size_;
-    const int64_t longest = MaxOverRanks(std::max(LongestShare(from), LongestShare(to)));
-    for (int64_t at = 0; at < longest; at += part, buffer_ ^= 1) {
-      for (int r = 0; r < size_; ++r) {
-        const int64_t n = PartOf(from, r, at, part);
-        if (n > 0)
-          std::memcpy(Staging(rank_, buffer_) + r * part * width,
-                      send.as<char>() + (from[static_cast<size_t>(r)] + at) * width,
-                      static_cast<size_t>(n * width));
-      }
-      barrier_->Wait(size_);
-      for (int r = 0; r < size_; ++r) {
-        const int64_t n = PartOf(to, r, at, part);
-        if (n > 0)
-          std::memcpy(receive.as<char>() + (to[static_cast<size_t>(r)] + at) * width,
-                      Staging(r, buffer_) + rank_ * part * width, static_cast<size_t>(n * width));
-      }
-    }
+    MoveMpi(
+        from, to, width,
+        [&](int64_t first, int64_t n, char* out) {
+          std::memcpy(out, send.as<char>() + first * width, static_cast<size_t>(n * width));
+        },
+        [&](int, int64_t first, int64_t n, const char* in) {
+          std::memcpy(receive.as<char>() + first * width, in, static_cast<size_t>(n * width));
+        });
   }
 
   void DoBroadcast(const View& data, int root) override {
@@ -250,52 +235,25 @@ class MpiCommunicator : public Communicator {
   }
 
  private:
-  // If all ranks share a host: a window with a barrier, two staging buffers per rank and two for
-  // sums.
+  // If all ranks share a host.
   void OpenWindow() {
     MPI_Comm node = MPI_COMM_NULL;
     SHOAL_MPI(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node));
     int node_size = 0;
     SHOAL_MPI(MPI_Comm_size(node, &node_size));
     if (node_size == size_) {
-      const MPI_Aint bytes = kHeader + kStagingBytes * 2 * (size_ + 1);
+      const MPI_Aint bytes = SharedWindow::Bytes(size_);
       void* base = nullptr;
       SHOAL_MPI(
-          MPI_Win_allocate_shared(rank_ == 0 ? bytes : 0, 1, MPI_INFO_NULL, node, &base, &window_));
+          MPI_Win_allocate_shared(rank_ == 0 ? bytes : 0, 1, MPI_INFO_NULL, node, &base, &memory_));
       MPI_Aint window_bytes = 0;
       int unit = 0;
-      SHOAL_MPI(MPI_Win_shared_query(window_, 0, &window_bytes, &unit, &base));
-      if (rank_ == 0) std::memset(base, 0, kHeader);
+      SHOAL_MPI(MPI_Win_shared_query(memory_, 0, &window_bytes, &unit, &base));
+      if (rank_ == 0) std::memset(base, 0, SharedWindow::kHeaderBytes);
       SHOAL_MPI(MPI_Barrier(node));
-      barrier_ = static_cast<SharedBarrier*>(base);
-      staging_ = static_cast<char*>(base) + kHeader;
+      window_ = std::make_unique<SharedWindow>(base, rank_, size_);
     }
     MPI_Comm_free(&node);
-  }
-
-  char* Staging(int r, int buffer) const { return staging_ + (2 * r + buffer) * kStagingBytes; }
-  char* Sums(int buffer) const { return Staging(size_, buffer); }
-
-  // Chunk after chunk: copy mine into my staging buffer, sum my slice of everybody's, copy the sums
-  // out. The buffers take turns: who fills one again has passed a barrier that all reached after
-  // reading it.
-  void AllReduceShared(std::span<const View> pieces, ReduceOp op) {
-    const DType dtype = pieces[0].dtype;
-    const int64_t width = static_cast<int64_t>(SizeOf(dtype)), chunk = kStagingBytes / width;
-    std::vector<const void*> sources(static_cast<size_t>(size_));
-    const int64_t total = Total(pieces);
-    Cursor in(pieces), out(pieces);
-    for (int64_t begin = 0; begin < total; begin += chunk, buffer_ ^= 1) {
-      const int64_t n = std::min(chunk, total - begin);
-      in.CopyIn(n, Staging(rank_, buffer_));
-      barrier_->Wait(size_);
-      const int64_t from = n * rank_ / size_, to = n * (rank_ + 1) / size_;
-      for (int r = 0; r < size_; ++r)
-        sources[static_cast<size_t>(r)] = Staging(r, buffer_) + from * width;
-      if (to > from) ReduceArrays(dtype, op, sources, Sums(buffer_) + from * width, to - from);
-      barrier_->Wait(size_);
-      out.CopyOut(n, Sums(buffer_));
-    }
   }
 
   // `data` in steps whose sizes MPI can count.
@@ -311,33 +269,10 @@ class MpiCommunicator : public Communicator {
     } while (at < bytes);
   }
 
-  // Shares between `bounds`, in steps.
-  static std::vector<Cursor> Cursors(std::span<const View> pieces,
-                                     std::span<const int64_t> bounds) {
-    std::vector<Cursor> cursors;
-    for (const int64_t begin : bounds.first(bounds.size() - 1)) cursors.emplace_back(pieces, begin);
-    return cursors;
-  }
-  static int64_t LongestShare(std::span<const int64_t> bounds) {
-    int64_t longest = 0;
-    for (size_t r = 1; r < bounds.size(); ++r)
-      longest = std::max(longest, bounds[r] - bounds[r - 1]);
-    return longest;
-  }
-  // Elements of rank r's share that lie in its [at, at + part).
-  static int64_t PartOf(std::span<const int64_t> bounds, int r, int64_t at, int64_t part) {
-    const int64_t share = bounds[static_cast<size_t>(r) + 1] - bounds[static_cast<size_t>(r)];
-    return std::clamp<int64_t>(share - at, 0, part);
-  }
   static std::vector<int64_t> Offsets(std::span<const int64_t> counts) {
     std::vector<int64_t> offsets = {0};
     for (const int64_t count : counts) offsets.push_back(offsets.back() + count);
     return offsets;
-  }
-  static int64_t Total(std::span<const View> pieces) {
-    int64_t n = 0;
-    for (const View& piece : pieces) n += piece.numel();
-    return n;
   }
   int64_t MaxOverRanks(int64_t value) const {
     int64_t most = 0;
@@ -351,11 +286,11 @@ class MpiCommunicator : public Communicator {
   template <class Read, class Write>
   void MoveMpi(std::span<const int64_t> from, std::span<const int64_t> to, int64_t width,
                Read&& read, Write&& write) const {
-    const int64_t part = kStagingBytes / width;
+    const int64_t part = kPartBytes / width;
     const size_t ranks = static_cast<size_t>(size_);
-    std::vector<char> out(ranks * kStagingBytes), in(ranks * kStagingBytes);
+    std::vector<char> out(ranks * kPartBytes), in(ranks * kPartBytes);
     std::vector<int> out_counts(ranks), in_counts(ranks), offsets(ranks);
-    for (size_t r = 0; r < ranks; ++r) offsets[r] = static_cast<int>(r * kStagingBytes);
+    for (size_t r = 0; r < ranks; ++r) offsets[r] = static_cast<int>(r * kPartBytes);
     const int64_t longest = MaxOverRanks(std::max(LongestShare(from), LongestShare(to)));
     for (int64_t at = 0; at < longest; at += part) {
       for (int r = 0; r < size_; ++r) {
@@ -394,7 +329,8 @@ class MpiCommunicator : public Communicator {
           sources.push_back(in);
           if (r + 1 < size_) return;
           parts.resize(static_cast<size_t>(count * width));
-          ReduceArrays(dtype, op, sources, parts.data(), count);
+          void* const outs[] = {parts.data()};
+          ReduceArrays(dtype, op, sources, outs, count);
           Cursor(pieces, mine + first - to[static_cast<size_t>(r)]).CopyOut(count, parts.data());
           sources.clear();
         });
@@ -416,15 +352,12 @@ class MpiCommunicator : public Communicator {
         });
   }
 
-  static constexpr int64_t kHeader = 4096;
   MPI_Comm comm_;
   bool shared_memory_;
   int rank_ = 0, size_ = 1;
   std::string host_;
-  MPI_Win window_ = MPI_WIN_NULL, beacons_ = MPI_WIN_NULL;
-  SharedBarrier* barrier_ = nullptr;  // null: the ranks do not share a host
-  char* staging_ = nullptr;
-  int buffer_ = 0;
+  MPI_Win memory_ = MPI_WIN_NULL, beacons_ = MPI_WIN_NULL;
+  std::unique_ptr<SharedWindow> window_;  // in memory_; null: the ranks do not share a host
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Ranks as threads of one process. Buffers are read in place: an all-reduce makes no copies.
+// Ranks as threads of one process. Arrays are read in place, for all ranks share all memory.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -10,8 +10,7 @@
 #include "core/base/thread_count.h"
 #include "core/context.h"
 #include "parallel/communicator.h"
-#include "parallel/pieces.h"
-#include "parallel/reduce_arrays.h"
+#include "parallel/direct.h"
 #include "parallel/shared_barrier.h"
 
 namespace shoal {
@@ -100,40 +99,21 @@ class ThreadCommunicator : public Communicator {
   }
 
  protected:
-  // Each rank sums its slice over all ranks' buffers and writes the sum into all of them: the
-  // slices are disjoint, so nobody reads what another has overwritten.
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
     Together("all-reduce", {pieces, {}}, [&] {
-      for (size_t p = 0; p < pieces.size(); ++p) {
-        const int64_t n = pieces[p].numel();
-        const int64_t begin = ShardBegin(n, rank_, size()), end = ShardBegin(n, rank_ + 1, size());
-        ReduceInto(pieces, p, begin, end - begin, op);
-        for (int r = 0; r < size(); ++r) {
-          if (r != rank_ && begin < end)
-            std::memcpy(At(r, p, begin), At(rank_, p, begin), Bytes(pieces, end - begin));
-        }
-      }
+      DirectArrays{pieces, Arrays(), rank_}.AllReduce(op);
     });
   }
 
   void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
     Together("reduce-scatter", {pieces, bounds}, [&] {
-      ForRange(pieces, bounds[static_cast<size_t>(rank_)], bounds[static_cast<size_t>(rank_) + 1],
-               [&](size_t p, int64_t first, int64_t count) {
-                 ReduceInto(pieces, p, first, count, ReduceOp::kSum);
-               });
+      DirectArrays{pieces, Arrays(), rank_}.ReduceScatter(bounds);
     });
   }
 
   void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
     Together("all-gather", {pieces, bounds}, [&] {
-      for (int step = 1; step < size(); ++step) {  // each rank reads another at a time
-        const int r = (rank_ + step) % size();
-        ForRange(pieces, bounds[static_cast<size_t>(r)], bounds[static_cast<size_t>(r) + 1],
-                 [&](size_t p, int64_t first, int64_t count) {
-                   std::memcpy(At(rank_, p, first), At(r, p, first), Bytes(pieces, count));
-                 });
-      }
+      DirectArrays{pieces, Arrays(), rank_}.AllGather(bounds);
     });
   }
 
@@ -162,7 +142,7 @@ class ThreadCommunicator : public Communicator {
 
   void DoBroadcast(const View& data, int root) override {
     Together("broadcast", {std::span(&data, 1), {}}, [&] {
-      if (rank_ != root) std::memcpy(data.data, At(root, 0, 0), data.bytes());
+      if (rank_ != root) std::memcpy(data.data, Of(root).pieces[0].data, data.bytes());
     });
   }
 
@@ -213,12 +193,13 @@ class ThreadCommunicator : public Communicator {
                     static_cast<size_t>(to)]
         .message;
   }
-  char* At(int r, size_t piece, int64_t element) const {
-    const View& v = Of(r).pieces[piece];
-    return v.as<char>() + element * static_cast<int64_t>(SizeOf(v.dtype));
-  }
-  static size_t Bytes(std::span<const View> pieces, int64_t count) {
-    return static_cast<size_t>(count) * SizeOf(pieces[0].dtype);
+  PeerArrays Arrays() const {
+    PeerArrays arrays;
+    for (const Offer& offer : group_->offers) {
+      std::vector<char*>& of_rank = arrays.emplace_back();
+      for (const View& piece : offer.pieces) of_rank.push_back(piece.as<char>());
+    }
+    return arrays;
   }
 
   // Runs `work` between two barriers, when all ranks have brought alike. Nothing in between throws,
@@ -243,15 +224,6 @@ class ThreadCommunicator : public Communicator {
                         }) &&
              std::equal(first.bounds.begin(), first.bounds.end(), o.bounds.begin(), o.bounds.end());
     });
-  }
-
-  // Elements [first, first + count) of this rank's piece p = op over the ranks.
-  void ReduceInto(std::span<const View> pieces, size_t p, int64_t first, int64_t count,
-                  ReduceOp op) const {
-    if (count == 0) return;
-    std::vector<const void*> sources(static_cast<size_t>(size()));
-    for (int r = 0; r < size(); ++r) sources[static_cast<size_t>(r)] = At(r, p, first);
-    ReduceArrays(pieces[p].dtype, op, sources, At(rank_, p, first), count);
   }
 
   std::shared_ptr<Group> group_;

@@ -91,6 +91,12 @@ class Communicator {
   // stopped; it should end the program. Processes only: a thread ends with the others.
   virtual void WatchPeers(const std::function<void(int, const std::string&)>& /*report*/) {}
 
+  // Puts what the current context's allocator gives from now on to parameters, gradients and
+  // communication where all ranks of the host can read it, so that collectives copy none of it.
+  // Collective; for groups made afterwards too. False, and nothing changes, where the system has no
+  // such memory, where the ranks do not share a host, and where they share all memory anyhow.
+  virtual bool ShareMemory() { return false; }
+
   // Ends the other ranks' waiting: their calls throw PeerFailed (threads), or they are ended with
   // `exit_code` (processes).
   virtual void Abort(int exit_code) = 0;

@@ -9,6 +9,23 @@
 
 namespace shoal {
 
+inline int64_t Elements(std::span<const View> pieces) {
+  int64_t n = 0;
+  for (const View& piece : pieces) n += piece.numel();
+  return n;
+}
+
+inline int64_t LongestShare(std::span<const int64_t> bounds) {
+  int64_t longest = 0;
+  for (size_t r = 1; r < bounds.size(); ++r) longest = std::max(longest, bounds[r] - bounds[r - 1]);
+  return longest;
+}
+// Elements of rank r's share that lie in its [at, at + part).
+inline int64_t PartOf(std::span<const int64_t> bounds, int r, int64_t at, int64_t part) {
+  const int64_t share = bounds[static_cast<size_t>(r) + 1] - bounds[static_cast<size_t>(r)];
+  return std::clamp<int64_t>(share - at, 0, part);
+}
+
 // Where the elements [begin, end) of the pieces' concatenation lie: f(piece, first, count).
 template <class F>
 void ForRange(std::span<const View> pieces, int64_t begin, int64_t end, F&& f) {
@@ -39,6 +56,9 @@ class Cursor {
       at_ += count;
       SkipEnds();
     }
+  }
+  void Skip(int64_t n) {
+    Move(n, [](char*, int64_t, int64_t) {});
   }
   void CopyOut(int64_t n, const char* from) {
     Move(n, [&](char* memory, int64_t at, int64_t bytes) {

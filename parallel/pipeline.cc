@@ -1,12 +1,45 @@
 #include "parallel/pipeline.h"
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <numeric>
 
 #include "core/context.h"
 
 namespace shoal {
+namespace {
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+PipelineSimulation MeasuredPipeline(const PipelineSchedule& schedule,
+                                    std::vector<std::vector<PipelineSimulation::Span>> spans) {
+  PipelineSimulation measured;
+  measured.schedule = schedule;
+  double begin = std::numeric_limits<double>::infinity(), end = -begin;
+  for (const auto& rank : spans) {
+    for (const auto& span : rank) {
+      begin = std::min(begin, span.start);
+      end = std::max(end, span.end);
+    }
+  }
+  measured.makespan = end - begin;
+  for (size_t r = 0; r < spans.size(); ++r) {
+    measured.busy.push_back(0);
+    for (size_t i = 0; i < spans[r].size(); ++i) {
+      auto& span = spans[r][i];
+      span = {span.start - begin, span.end - begin};
+      if (!IsMessage(schedule.actions[r][i].op)) measured.busy[r] += span.end - span.start;
+    }
+  }
+  measured.bubble = measured.makespan / *std::ranges::max_element(measured.busy) - 1;
+  measured.spans = std::move(spans);
+  return measured;
+}
 
 // Least largest cost by dynamic programming over (stages, segments): sizes are small.
 std::vector<int> CutIntoStages(std::span<const double> costs, int stages) {
@@ -105,8 +138,14 @@ double PipelineExecutor::Run(const PipelineWork& work) {
 }
 
 void PipelineExecutor::RunActions(const PipelineWork& work) {
-  for (const PipelineAction& action : schedule_.actions[static_cast<size_t>(rank_)])
+  spans_.clear();
+  double now = Seconds();
+  for (const PipelineAction& action : schedule_.actions[static_cast<size_t>(rank_)]) {
     Do(action, work);
+    const double end = Seconds();
+    spans_.push_back({now, end});
+    now = end;
+  }
   for (const auto* links : {&activation_links_, &gradient_links_})
     for (const Link& link : *links) link.queue->WaitAll();
 }
@@ -153,7 +192,8 @@ void PipelineExecutor::DoForward(const PipelineAction& action, const PipelineWor
   if (pass.in.defined()) {
     pass.leaf = std::make_shared<Leaf>(pass.in.shape(), pass.in.dtype());
     pass.leaf->weight = false;
-    pass.leaf->memory_class = MemoryClass::kActivations;
+    // A message that waits to be fetched is no activation: how long it lives is the other's affair.
+    pass.leaf->memory_class = MemoryClass::kCommunication;
     pass.in.set_node(pass.leaf);
   }
   // What the next stage does not keep of the input is free once this one has it.

@@ -12,6 +12,7 @@
 #include "parallel/comm_queue.h"
 #include "parallel/communicator.h"
 #include "parallel/pipeline_schedule.h"
+#include "parallel/pipeline_simulator.h"
 
 namespace shoal {
 
@@ -31,6 +32,10 @@ struct PipelineWork {
   std::function<void(int chunk, bool last)> shared;
 };
 
+// A step as it was: the spans of each of the schedule's ranks, on one clock.
+PipelineSimulation MeasuredPipeline(const PipelineSchedule& schedule,
+                                    std::vector<std::vector<PipelineSimulation::Span>> spans);
+
 class PipelineExecutor {
  public:
   // Checks the schedule. Collective over the ranks of `stages`, one for each of the schedule's.
@@ -46,6 +51,9 @@ class PipelineExecutor {
   // The segments of this rank: one range for each of its stages, in a cut into stages() of them.
   std::vector<std::pair<int, int>> Segments(std::span<const int> bounds) const;
   int64_t wire_bytes() const;
+  // When this rank's actions of the last Run began and ended, in seconds of the host's steady
+  // clock.
+  const std::vector<PipelineSimulation::Span>& spans() const { return spans_; }
   // Time that receives wait goes to `profile` (may be null) from now on.
   void set_profile(KernelProfile* profile) { profile_ = profile; }
 
@@ -79,6 +87,7 @@ class PipelineExecutor {
   std::shared_ptr<Communicator> activations_, gradients_;
   std::vector<Link> activation_links_, gradient_links_;
   std::vector<Pass> passes_;
+  std::vector<PipelineSimulation::Span> spans_;
   double loss_ = 0;
   KernelProfile* profile_ = nullptr;
 };

@@ -8,9 +8,9 @@
 
 namespace shoal {
 
-// out[i] = op over sources of source[i], for `count` elements, sources in the order given, in
-// Accumulator<T>. out may be one of the sources.
-void ReduceArrays(DType dtype, ReduceOp op, std::span<const void* const> sources, void* out,
-                  int64_t count);
+// out[i] = op over sources of source[i], for `count` elements and each of `outs`; sources in the
+// order given, in Accumulator<T>. An out may be one of the sources.
+void ReduceArrays(DType dtype, ReduceOp op, std::span<const void* const> sources,
+                  std::span<void* const> outs, int64_t count);
 
 }  // namespace shoal

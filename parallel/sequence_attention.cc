@@ -1,10 +1,12 @@
 #include "parallel/sequence_attention.h"
 
+#include <array>
 #include <cmath>
 #include <numeric>
-#include <typeinfo>
 
 #include "core/autograd.h"
+#include "core/keep.h"
+#include "core/placement_rules.h"
 
 namespace shoal {
 namespace {
@@ -138,8 +140,21 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
   x.q = q.Detached();
   x.k = k.Detached();
   x.v = v.Detached();
-  RunSequencePass(plan->forward, options, group_->wire(), group_->rank(), x);
+  // A replay takes what is kept: it communicates nothing.
   const bool heads = plan->forward.kind == SequenceKind::kUlysses;
+  const bool again =
+      heads ? TakeKept({&x.head_q, &x.head_k, &x.head_v, &x.head_out, &x.head_lse, &x.out})
+            : TakeKept({&x.out, &x.lse});
+  if (!again) {
+    RunSequencePass(plan->forward, options, group_->wire(), group_->rank(), x);
+    const std::array operands = {q, k, v};
+    for (const Tensor& t : {x.head_q, x.head_k, x.head_v, x.head_out, x.head_lse, x.out, x.lse})
+      if (t.defined()) t.set_placement(VaryingLike(operands));
+    if (heads)
+      Keep({x.head_q, x.head_k, x.head_v, x.head_out, x.head_lse, x.out});
+    else
+      Keep({x.out, x.lse});
+  }
   const std::vector<Tensor> kept =
       heads ? std::vector{x.head_q, x.head_k, x.head_v, x.head_out, x.head_lse}
             : std::vector{q, k, v, x.out, x.lse};
@@ -170,14 +185,8 @@ std::shared_ptr<SequenceGroup> ApplySequenceParallel(Module& root, const Sequenc
   root.Walk([&](const std::string& path, Module& module) {
     const auto* attention = dynamic_cast<const InnerAttention*>(&module);
     if (attention == nullptr) return;
-    const Module& plain = module;
-    if (typeid(plain) != typeid(InnerAttention))
-      SHOAL_FAIL(
-          ErrorKind::kConfig, "sequence",
-          "{} maps query heads to kv heads unevenly, because mesh.tp does not divide them, and "
-          "sequence parallelism needs equal groups: choose mesh.tp so that it divides the kv "
-          "heads, or set mesh.cp to 1",
-          path);
+    // One that changes its operands hands them to a child that is the attention.
+    if (!module.children().empty()) return;
     paths.push_back(path);
   });
   for (const std::string& path : paths)

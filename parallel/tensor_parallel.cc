@@ -4,6 +4,7 @@
 
 #include "core/base/mutation.h"
 #include "core/ops.h"
+#include "core/placement_rules.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "parallel/collectives.h"
@@ -54,8 +55,9 @@ class Region {
   // One number or id per token [..] -> this rank's [M].
   Tensor Mine(const Tensor& per_token) const {
     const auto r = static_cast<size_t>(group_.rank());
-    Tensor mine = per_token.Reshaped({-1}).Narrowed(0, bounds_[r], bounds_[r + 1] - bounds_[r]);
-    Placement placement = per_token.placement();
+    const Tensor flat = per_token.Reshaped({-1});
+    const Tensor mine = flat.Narrowed(0, bounds_[r], bounds_[r + 1] - bounds_[r]);
+    Placement placement = ReshapedPlacement("rows", per_token, flat.shape());
     if (group_.axis()) placement.Set(*group_.axis(), AxisPlacement::Sharded(0));
     mine.set_placement(placement);
     return mine;
@@ -233,15 +235,17 @@ Tensor ExpandHeads(const Tensor& x, const std::vector<int64_t>& kv_of_query) {
 class MappedAttention : public InnerAttention {
  public:
   explicit MappedAttention(std::vector<int64_t> kv_of_query)
-      : kv_of_query_(std::move(kv_of_query)) {}
+      : kv_of_query_(std::move(kv_of_query)) {
+    AddChild("inner", inner_, std::make_shared<InnerAttention>());
+  }
 
   Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
                  const SequenceInfo& info) override {
-    return InnerAttention::Forward(q, ExpandHeads(k, kv_of_query_), ExpandHeads(v, kv_of_query_),
-                                   info);
+    return inner_->Forward(q, ExpandHeads(k, kv_of_query_), ExpandHeads(v, kv_of_query_), info);
   }
 
  private:
+  std::shared_ptr<InnerAttention> inner_;
   std::vector<int64_t> kv_of_query_;
 };
 

@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include "core/keep.h"
 #include "core/ops.h"
 #include "core/ops/common.h"
 
@@ -17,10 +18,17 @@ AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
     if (k.placement()[axis] == AxisPlacement::Sharded(1))
       FailPlacement("attention", axis, k, 1, "has a part of each sequence, and all is attended to");
   }
-  Tensor out = Tensor::Empty(q.shape(), q.dtype());
-  Tensor lse = Tensor::Empty({q.dim(0), q.dim(2), q.dim(1)}, AccumulatorDType(q.dtype()));
-  kernels::Attention(CurrentStream(), out.view(), lse.view(), q.view(), k.view(), v.view(),
-                     q_document.view(), k_document.view(), options);
+  Tensor out, lse;
+  if (!TakeKept({&out, &lse})) {
+    out = Tensor::Empty(q.shape(), q.dtype());
+    lse = Tensor::Empty({q.dim(0), q.dim(2), q.dim(1)}, AccumulatorDType(q.dtype()));
+    kernels::Attention(CurrentStream(), out.view(), lse.view(), q.view(), k.view(), v.view(),
+                       q_document.view(), k_document.view(), options);
+    const std::array operands = {q, k, v};
+    out.set_placement(VaryingLike(operands));
+    lse.set_placement(VaryingLike(operands));
+    Keep({out, lse});
+  }
   out = Record(
       "attention", out, {q, k, v}, {q, k, v, out, lse, q_document, k_document},
       [options](GradContext& context) {

@@ -84,6 +84,8 @@ class StateFile::Mapping : public Allocator {
     const std::lock_guard lock(mutex_);
     return stats_;
   }
+  // A file is this rank's own.
+  void Share(std::shared_ptr<SharedRange>) override {}
   void ResetPeak() override {
     const std::lock_guard lock(mutex_);
     stats_.peak_total = stats_.live_total;

@@ -154,7 +154,9 @@ std::vector<size_t> ZeroOptimizer::CutBuckets(
     for (auto it = parameters.rbegin(); it != parameters.rend(); ++it) {
       Parameter& p = **it;
       if (p.requires_grad() != trainable) continue;
-      if (!open || (!whole && bytes >= options_.bucket_bytes)) {
+      // One that does not fit begins anew: a table has a bucket of its own.
+      const int64_t more = p.shape().numel() * static_cast<int64_t>(SizeOf(options_.gradients));
+      if (!open || (!whole && bytes > 0 && bytes + more > options_.bucket_bytes)) {
         made.push_back(buckets_.size());
         buckets_.emplace_back().trainable = trainable;
         buckets_.back().pass = pass;
@@ -165,7 +167,7 @@ std::vector<size_t> ZeroOptimizer::CutBuckets(
       Bucket& bucket = buckets_.back();
       bucket.parameters.push_back(&p);
       bucket.elements += p.shape().numel();
-      bytes += p.shape().numel() * static_cast<int64_t>(SizeOf(options_.gradients));
+      bytes += more;
     }
   }
   return made;

@@ -37,7 +37,7 @@ struct ZeroOptions {
   DType compute = DType::kF32;    // of parameters; narrower ones get an f32 master copy
   DType gradients = DType::kF32;  // held and exchanged
   UpdateRuleOptions rule;
-  int64_t bucket_bytes = int64_t{32} << 20;  // of gradients, below stage 3
+  int64_t bucket_bytes = int64_t{8} << 20;  // of gradients, below stage 3
   int shard_ranks = 0;      // that share one copy of the states; 0: all that share parameters
   std::string offload_dir;  // of the file for the optimizer's states; empty: they are in memory
 };

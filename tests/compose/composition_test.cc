@@ -19,7 +19,7 @@ using namespace testing;  // NOLINT: all of parity.h
 struct Cell {
   Recipe recipe = {.steps = 3};
   int dp = 1;
-  int ranks() const { return dp * recipe.tp; }
+  int ranks() const { return dp * recipe.tp * recipe.pp * recipe.cp; }
   int64_t micro_batches = 1;
 };
 struct Feature {
@@ -44,6 +44,27 @@ const std::vector<Feature>& Features() {
          c.recipe.tp = 2;
          c.recipe.sequence_parallel = true;
        }},
+      {"token ring",
+       [](Cell& c) {
+         c.recipe.cp = 2;
+         c.recipe.attention = SequenceKind::kTokenRing;
+       }},
+      {"ulysses",
+       [](Cell& c) {
+         c.recipe.cp = 2;
+         c.recipe.attention = SequenceKind::kUlysses;
+       }},
+      {"pipeline",
+       [](Cell& c) {
+         c.recipe.pp = 2;
+         c.micro_batches = 3;
+       }},
+      {"zb_v",
+       [](Cell& c) {
+         c.recipe.pp = c.recipe.virtual_stages = 2;
+         c.recipe.schedule = "zb_v";
+         c.micro_batches = 3;
+       }},
       {"zero 1", [](Cell& c) { Zero(c, 1); }},
       {"zero 2", [](Cell& c) { Zero(c, 2); }},
       {"zero 3", [](Cell& c) { Zero(c, 3); }},
@@ -53,6 +74,7 @@ const std::vector<Feature>& Features() {
          Zero(c, 2);
        }},
       {"offload", [](Cell& c) { c.recipe.offload_dir = ::testing::TempDir(); }},
+      {"recompute", [](Cell& c) { c.recipe.recompute = true; }},
       {"accumulation", [](Cell& c) { c.micro_batches = 3; }},
       {"gpt2", [](Cell& c) { c.recipe.model = "gpt2"; }},
       {"gqa", [](Cell& c) { c.recipe.gqa = true; }},
@@ -104,7 +126,11 @@ TEST(Composition, IsAsDocumented) {
          "features in f64 and\n"
          "compares loss, gradient norm and every parameter with one rank that takes the whole "
          "batch at once. `=` means equal\n"
-         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, zero N is "
+         "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, token "
+         "ring "
+         "and ulysses attention over two, pipeline "
+         "two "
+         "stages\nunder 1f1b and zb_v four, with three micro-batches, zero N is "
          "its stage on three,\nhybrid two groups of two ranks, offload the optimizer's states in a "
          "file, and "
          "accumulation three micro-batches.\n\n|  |";
@@ -141,8 +167,8 @@ TEST(Composition, IsAsDocumented) {
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
-       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "memory.recompute=\"full\"",
-        "memory.offload_activations=true", "method.name=\"lora\"", "checkpoint.async=true"}) {
+       {"mesh.ep=2", "memory.recompute=\"selective\"", "memory.offload_activations=true",
+        "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";

@@ -189,12 +189,14 @@ TEST(Config, EveryRange) {
     if (key.high == 0 && key.low == 0) continue;
     Config any;
     const ConfigField field = key.field(any);
-    const bool integer = std::holds_alternative<int64_t*>(field) ||
+    const bool list = std::holds_alternative<std::optional<std::vector<int64_t>>*>(field);
+    const bool integer = list || std::holds_alternative<int64_t*>(field) ||
                          std::holds_alternative<std::optional<int64_t>*>(field);
     const bool pair = std::holds_alternative<std::array<double, 2>*>(field);
     const auto mistake = [&](double v) {
       std::string value = text(v, integer);
       if (pair) value = fmt::format("[{}, 0.5]", value);
+      if (list) value = fmt::format("[{}]", value);
       return MistakeOf(key.path() + "=" + value);
     };
     const auto refused = [&](double v) {
@@ -222,7 +224,7 @@ TEST(Config, Choices) {
               HasSubstr("one of \"fp32\", \"bf16\", \"fp64\""));
   EXPECT_EQ(Minimal({"data.tokenizer=/x.model"}).data.tokenizer, "/x.model");
   EXPECT_THAT(MistakeOf("data.tokenizer=byte"), HasSubstr("Did you mean \"bytes\"?"));
-  EXPECT_EQ(Minimal({"pipeline.schedule=mine.csv"}).pipeline.schedule, "mine.csv");
+  EXPECT_EQ(Minimal({"pipeline.schedule=/a/mine.csv"}).pipeline.schedule, "/a/mine.csv");
   EXPECT_EQ(MistakeOf("optim.warmup_steps=1000"), "");
 }
 

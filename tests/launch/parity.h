@@ -28,11 +28,15 @@ struct Recipe {
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
   double dropout = 0;
   int layers = 2;
+  int64_t heads = 0;  // 0: the model's own
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
   int shard_ranks = 0;
   std::string offload_dir = {};
-  int pp = 1, virtual_stages = 1;
+  bool recompute = false, partition_activations = false;
+  int pp = 1, virtual_stages = 1, cp = 1;
+  std::optional<SequenceKind> attention = {};
+  SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   std::string schedule = "1f1b";
 };
 
@@ -62,6 +66,8 @@ inline ModelConfig Model(const Recipe& recipe) {
     c.kv_heads = 2;
     c.tied = true;
   }
+  if (recipe.heads > 0) c.heads = recipe.heads;
+  if (recipe.heads > 0 && name != "llama-gqa-tied") c.kv_heads = recipe.heads;
   if (recipe.gqa) c.kv_heads = 3;
   if (recipe.tied) c.tied = true;
   if (recipe.dropout > 0) c.dropout = recipe.dropout;
@@ -101,9 +107,14 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.rule.momentum = 0.9;
   options.clip = 1;
   options.seed = 5;
-  options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp};
+  options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp, .cp = recipe.cp};
+  options.sequence.schedule = recipe.attention;
+  options.sequence.layout = recipe.layout;
+  options.sequence.tokens = recipe.length;
   options.virtual_stages = recipe.virtual_stages;
   options.schedule = recipe.schedule;
+  options.recompute = recipe.recompute;
+  options.partition_activations = recipe.partition_activations;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
@@ -115,7 +126,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
 // This replica's micro-batches of step s.
 inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step, int64_t s,
                                   int64_t micro_batches, const std::vector<int64_t>& order) {
-  const Communicator& data = step.mesh().data();
+  const Communicator& data = step.mesh().axis(MeshAxis::kDp);
   const int64_t share = kSequences / data.size(), micro = share / micro_batches;
   std::vector<Batch> batches;
   for (int64_t m = 0; m < micro_batches; ++m) {
@@ -126,8 +137,8 @@ inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step
 }
 
 inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
-                     const std::vector<int64_t>& order) {
-  TrainingStep step(Options(recipe), communicator);
+                     const std::vector<int64_t>& order, const TrainingOptions& options) {
+  TrainingStep step(options, communicator);
   Outcome outcome;
   for (int s = 0; s < recipe.steps; ++s) {
     const TrainingStep::Result result =
@@ -143,6 +154,11 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
   return outcome;
 }
 
+inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
+                     const std::vector<int64_t>& order) {
+  return Train(recipe, communicator, micro_batches, order, Options(recipe));
+}
+
 inline std::vector<int64_t> InOrder() {
   std::vector<int64_t> order(kSequences);
   std::iota(order.begin(), order.end(), 0);
@@ -152,8 +168,8 @@ inline std::vector<int64_t> InOrder() {
 inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {
   recipe.tp = 1;
   recipe.zero_stage = recipe.shard_ranks = 0;
-  recipe.sequence_parallel = false;
-  recipe.pp = recipe.virtual_stages = 1;
+  recipe.sequence_parallel = recipe.recompute = recipe.partition_activations = false;
+  recipe.pp = recipe.virtual_stages = recipe.cp = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
   return Train(recipe, *MakeSelfCommunicator(), 1, order);

@@ -17,6 +17,7 @@ namespace fs = std::filesystem;
 struct Layout {
   int ranks, zero_stage, tp, shard_ranks = 0;
   bool sequence_parallel = false, offload = false;
+  int pp = 1;
   bool operator==(const Layout&) const = default;
 };
 
@@ -30,6 +31,7 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
   recipe.tp = layout.tp;
   recipe.shard_ranks = layout.shard_ranks;
   recipe.sequence_parallel = layout.sequence_parallel;
+  recipe.pp = layout.pp;
   if (layout.offload) recipe.offload_dir = ::testing::TempDir();
   std::vector<std::vector<double>> parameters;
   RunThreadRanks(layout.ranks, 1, [&](Communicator& c) {
@@ -66,7 +68,8 @@ TEST(Reshard, AnyLayoutGoesOnFromAnyOther) {
                                        {6, 3, 3},
                                        {4, 2, 4},
                                        {4, 2, 1, 2},
-                                       {4, 3, 2, 1, true, true}};
+                                       {4, 3, 2, 1, true, true},
+                                       {6, 2, 1, 0, false, false, 3}};
   for (const DType dtype : {DType::kF64, DType::kBF16}) {
     const Recipe recipe = {.model = "llama-gqa-tied", .dtype = dtype};
     const auto whole = Continue(recipe, layouts[0], 0, kBefore + kAfter, "", "");

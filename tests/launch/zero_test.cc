@@ -2,6 +2,7 @@
 // formulas (docs/design.md, section 4), the planner's communicator and the wire itself.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <mutex>
 
@@ -160,6 +161,44 @@ TEST(SequenceParallelBytes, WireIsTheFormula) {
       // Twice a block: gathered and summed forward, gathered and summed backward; the embedding
       // scatters once, the loss gathers once, and back.
       EXPECT_EQ(sent, (4 * c.layers + 2) * bsh * (tp - 1) * (4 + value) + 2 * gains * (tp - 1) * 4);
+    }
+  }
+}
+
+// 2 b s h elements a boundary and micro-batch; a tied head's gradient is summed once more.
+TEST(PipelineBytes, WireIsTheFormula) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const bool tied : {false, true}) {
+      for (const auto& [schedule, stages] :
+           {std::pair("gpipe", 1), {"1f1b", 1}, {"interleaved", 2}, {"zb_h1", 1}, {"zb_v", 2}}) {
+        Recipe recipe = {.dtype = dtype, .tied = tied, .pp = 3, .virtual_stages = stages};
+        recipe.schedule = schedule;
+        recipe.layers = 5;
+        std::atomic<int64_t> sent = 0;
+        std::array<std::atomic<int64_t>, 3> of_rank = {};
+        RunThreadRanks(3, 1, [&](Communicator& c) {
+          TrainingStep step(Options(recipe), c);
+          step.Run(Batches(recipe, step, 0, 4, InOrder()), recipe.lr);
+          sent += of_rank[static_cast<size_t>(c.rank())] = step.wire_bytes(MeshAxis::kPp);
+        });
+        const ModelConfig c = Model(recipe);
+        const int64_t bsh = kSequences * recipe.length * c.d_model;
+        const auto value = static_cast<int64_t>(SizeOf(dtype));
+        // In zb_v the turning point is on one rank, and so are the first and the last stage.
+        const bool v = recipe.schedule == "zb_v";
+        const int64_t boundaries = 3 * stages - 1 - v;
+        EXPECT_EQ(sent,
+                  2 * bsh * value * boundaries + (tied && !v ? 2 * c.vocab * c.d_model * 4 : 0))
+            << schedule << tied;
+        for (int r = 0; r < 3; ++r) {
+          ExecutionContext context(Device{DeviceType::kMeta});
+          const ContextScope scope(context);
+          const auto meta = MakeMetaCommunicator(r, 3);
+          TrainingStep step(Options(recipe), *meta);
+          step.Run(Batches(recipe, step, 0, 4, InOrder()), recipe.lr);
+          EXPECT_EQ(step.wire_bytes(MeshAxis::kPp), of_rank[static_cast<size_t>(r)]);
+        }
+      }
     }
   }
 }

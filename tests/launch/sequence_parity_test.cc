@@ -1,0 +1,99 @@
+// Any schedule of attention over any number of ranks trains as one rank does.
+#include <gtest/gtest.h>
+
+#include <array>
+
+#include "core/context.h"
+#include "tests/launch/parity.h"
+
+namespace shoal {
+namespace {
+
+using namespace testing;  // NOLINT: all of parity.h
+
+void Check(const Recipe& recipe, const Outcome& one, int ranks, int64_t micro_batches) {
+  RunThreadRanks(ranks, 1, [&](Communicator& c) {
+    Compare(recipe, one, Train(recipe, c, micro_batches, InOrder()), 1e-10, 1e-10);
+  });
+}
+
+class ParityAttention : public ::testing::TestWithParam<std::tuple<std::string, int, int>> {};
+
+TEST_P(ParityAttention, Fp64) {
+  const auto [model, kind, cp] = GetParam();
+  Recipe recipe = {.model = model, .length = 13};
+  const Outcome one = OneRank(recipe);
+  recipe.attention = static_cast<SequenceKind>(kind);
+  recipe.cp = cp;
+  for (const auto layout : {SequenceLayoutKind::kContiguous, SequenceLayoutKind::kZigzag,
+                            SequenceLayoutKind::kStriped}) {
+    recipe.layout = layout;
+    Check(recipe, one, cp, 3);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Some, ParityAttention,
+                         ::testing::Combine(::testing::Values("llama-gqa-tied"),
+                                            ::testing::Range(0, kSequenceKinds),
+                                            ::testing::Values(2, 3)));
+INSTANTIATE_TEST_SUITE_P(LongAll, ParityAttention,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Range(0, kSequenceKinds),
+                                            ::testing::Values(2, 3, 4, 5)));
+
+// With everything else: ZeRO over dp x cp, tensor and pipeline parallelism, recomputation,
+// documents.
+TEST(ParityAttentionBeside, EverythingElse) {
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
+  recipe.layers = 4;
+  const Outcome one = OneRank(recipe);
+  for (const SequenceKind kind : {SequenceKind::kTokenRing, SequenceKind::kUlysses}) {
+    recipe.attention = kind;
+    recipe.cp = 2;
+    for (int stage = 1; stage <= 3; ++stage) {
+      recipe.zero_stage = stage;
+      recipe.tp = recipe.pp = 1;
+      recipe.recompute = recipe.sequence_parallel = false;
+      Check(recipe, one, 4, 3);
+      recipe.recompute = true;
+      Check(recipe, one, 4, 3);
+      recipe.tp = recipe.pp = 2;
+      recipe.schedule = "zb_h1";
+      Check(recipe, one, 8, 3);
+      recipe.sequence_parallel = true;
+      Check(recipe, one, 8, 3);
+      recipe.schedule = "1f1b";
+    }
+  }
+}
+
+// The planner's ranks send what real ranks send, and a replay sends nothing.
+TEST(AttentionBytes, MetaRanksSendWhatRealRanksSend) {
+  for (int kind = 0; kind < kSequenceKinds; ++kind) {
+    Recipe recipe = {.dtype = DType::kF32, .length = 13, .cp = 3};
+    recipe.attention = static_cast<SequenceKind>(kind);
+    std::array<int64_t, 3> sent = {}, again = {};
+    for (const bool recompute : {false, true}) {
+      recipe.recompute = recompute;
+      RunThreadRanks(3, 1, [&](Communicator& c) {
+        TrainingStep step(Options(recipe), c);
+        step.Run(Batches(recipe, step, 0, 3, InOrder()), recipe.lr);
+        (recompute ? again : sent)[static_cast<size_t>(c.rank())] = step.wire_bytes(MeshAxis::kCp);
+      });
+    }
+    EXPECT_EQ(sent, again) << Name(*recipe.attention);
+    for (int r = 0; r < 3; ++r) {
+      ExecutionContext context(Device{DeviceType::kMeta});
+      const ContextScope scope(context);
+      const auto meta = MakeMetaCommunicator(r, 3);
+      TrainingStep step(Options(recipe), *meta);
+      step.Run(Batches(recipe, step, 0, 3, InOrder()), recipe.lr);
+      EXPECT_EQ(step.wire_bytes(MeshAxis::kCp), sent[static_cast<size_t>(r)])
+          << Name(*recipe.attention);
+    }
+    EXPECT_GT(sent[0] + sent[1] + sent[2], 0);
+  }
+}
+
+}  // namespace
+}  // namespace shoal
