@@ -139,7 +139,7 @@ TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
 TEST(ConfigSupported, NamesTheKey) {
   EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
   for (const char* text :
-       {"mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "zero.offload=host", "memory.recompute=full",
+       {"mesh.ep=2", "sequence.schedule=hybrid", "memory.recompute=selective",
         "memory.offload_activations=true", "method.name=lora", "checkpoint.async=true"}) {
     const Config c = Minimal({text});
     const std::string key = std::string(text).substr(0, std::string(text).find('='));

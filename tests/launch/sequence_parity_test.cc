@@ -64,6 +64,12 @@ TEST(ParityAttentionBeside, EverythingElse) {
       Check(recipe, one, 8, 3);
       recipe.schedule = "1f1b";
     }
+    // 6 query and 2 kv heads on 4 ranks: attention whose heads map unevenly.
+    recipe.tp = 4;
+    recipe.pp = 1;
+    recipe.recompute = recipe.sequence_parallel = false;
+    recipe.zero_stage = 0;
+    Check(recipe, one, 8, 3);
   }
 }
 
