@@ -41,7 +41,11 @@ TEST_P(ParityZero, Fp64) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(All, ParityZero,
+INSTANTIATE_TEST_SUITE_P(Some, ParityZero,
+                         ::testing::Combine(::testing::Values("llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(1, 2, 3), ::testing::Values(1, 3),
+                                            ::testing::Values(1, 3)));
+INSTANTIATE_TEST_SUITE_P(LongAll, ParityZero,
                          ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
                                             ::testing::Values(1, 2, 3),
                                             ::testing::Values(1, 2, 3, 4),
@@ -66,9 +70,9 @@ INSTANTIATE_TEST_SUITE_P(Alone, ParityTensor,
                                             ::testing::Values(2, 3, 4, 5, 6), ::testing::Values(1),
                                             ::testing::Values(0)));
 INSTANTIATE_TEST_SUITE_P(WithZero, ParityTensor,
-                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
-                                            ::testing::Values(2, 3), ::testing::Values(2),
-                                            ::testing::Values(0, 1, 2, 3)));
+                         ::testing::Combine(::testing::Values("llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(3), ::testing::Values(2),
+                                            ::testing::Values(1, 2, 3)));
 INSTANTIATE_TEST_SUITE_P(LongMatrix, ParityTensor,
                          ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
                                             ::testing::Values(1, 2, 3, 4),
@@ -93,7 +97,7 @@ TEST(ParityWideTensor, SevenAndEightRanks) {
   }
 }
 
-// Groups that each hold all states: 2 x 2, 3 x 2, and every rank a copy of its own.
+// Groups that each hold all states: two of three ranks, and every rank a copy of its own.
 class ParityHybrid : public ::testing::TestWithParam<std::tuple<int, std::pair<int, int>, int>> {};
 
 TEST_P(ParityHybrid, Fp64) {
@@ -108,9 +112,8 @@ TEST_P(ParityHybrid, Fp64) {
 
 INSTANTIATE_TEST_SUITE_P(All, ParityHybrid,
                          ::testing::Combine(::testing::Values(1, 2, 3),
-                                            ::testing::Values(std::pair(4, 2), std::pair(6, 3),
-                                                              std::pair(2, 1)),
-                                            ::testing::Values(1, 3)));
+                                            ::testing::Values(std::pair(6, 3), std::pair(2, 1)),
+                                            ::testing::Values(3)));
 
 // States in a file are the same states, to the bit.
 TEST(ParityOffload, StatesInAFile) {
