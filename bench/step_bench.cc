@@ -6,8 +6,8 @@
 #include <chrono>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <random>
 
+#include "bench/random_batch.h"
 #include "core/base/thread_count.h"
 #include "kernels/matmul.h"
 #include "launch/bootstrap.h"
@@ -22,21 +22,6 @@ using Clock = std::chrono::steady_clock;
 
 double Since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-Batch RandomBatch(int64_t count, int64_t length, int64_t vocab, uint32_t seed) {
-  std::mt19937 random(seed);
-  Batch batch;
-  batch.count = count;
-  batch.length = length;
-  batch.labelled = count * length;
-  for (int64_t i = 0; i < count * length; ++i) {
-    batch.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
-    batch.labels.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
-    batch.positions.push_back(static_cast<int32_t>(i % length));
-    batch.token_numbers.push_back(i);
-  }
-  return batch;
 }
 
 // The best of several products of a size that every library likes.

@@ -155,8 +155,7 @@ class BackwardPass {
       } else {
         SHOAL_CHECK(root.numel() == 1, "backward", "a result of shape {} needs a gradient",
                     root.shape().ToString());
-        for (int a = 0; a < kMeshAxes; ++a) {
-          const auto axis = static_cast<MeshAxis>(a);
+        for (const MeshAxis axis : kAllMeshAxes) {
           const AxisPlacement p = root.placement()[axis];
           if (p.kind != AxisPlacement::kInvariant && p.kind != AxisPlacement::kPartial)
             FailPlacement("backward", axis, root, 0,

@@ -132,8 +132,7 @@ Placement VaryingLike(std::span<const Tensor> operands) {
 
 void CheckWholeRows(const char* op, const Tensor& x) {
   if (x.placement().invariant()) return;
-  for (int a = 0; a < kMeshAxes; ++a) {
-    const auto axis = static_cast<MeshAxis>(a);
+  for (const MeshAxis axis : kAllMeshAxes) {
     if (On(x, axis) == AxisPlacement::Sharded(x.rank() - 1))
       FailPlacement(op, axis, x, 0, "has only a part of each row here, and all of it is needed");
   }

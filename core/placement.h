@@ -20,7 +20,9 @@
 namespace shoal {
 
 enum class MeshAxis { kDp, kTp, kPp, kCp, kEp };
-constexpr int kMeshAxes = 5;
+inline constexpr std::array kAllMeshAxes = {MeshAxis::kDp, MeshAxis::kTp, MeshAxis::kPp,
+                                            MeshAxis::kCp, MeshAxis::kEp};
+constexpr int kMeshAxes = kAllMeshAxes.size();
 const char* Name(MeshAxis axis);
 
 struct AxisPlacement {

@@ -27,8 +27,7 @@ Placement PlacePerAxis(std::span<const Tensor> operands, F&& rule) {
   for (const Tensor& t : operands)
     invariant = invariant && (!t.defined() || t.placement().invariant());
   if (invariant) return result;
-  for (int a = 0; a < kMeshAxes; ++a) {
-    const auto axis = static_cast<MeshAxis>(a);
+  for (const MeshAxis axis : kAllMeshAxes) {
     for (const Tensor& t : operands) {
       if (!t.defined() || t.placement()[axis].kind == AxisPlacement::kInvariant) continue;
       result.Set(axis, rule(axis));

@@ -26,11 +26,12 @@ Batch EmptyBatch(int64_t count, int64_t length, bool documents) {
   return batch;
 }
 
-RankPlan PlanRank(const Config& config, const BatchPlan& batch, int rank, int ranks) {
+RankPlan PlanRank(const Config& config, const BatchPlan& batch, const TrainingOptions& options,
+                  int rank, int ranks) {
   ExecutionContext context(Device{DeviceType::kMeta});
   const ContextScope scope(context);
   const auto communicator = MakeMetaCommunicator(rank, ranks);
-  TrainingStep step(MakeTrainingOptions(config, batch), *communicator);
+  TrainingStep step(options, *communicator);
   const std::vector<Batch> batches(
       static_cast<size_t>(batch.micro_batches),
       EmptyBatch(batch.micro, config.data.sequence_length, config.data.documents));
@@ -109,7 +110,7 @@ Plan MakePlan(const Config& config, int ranks) {
   plan.pipeline = SimulateStep(options);
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
-    plan.ranks.push_back(PlanRank(config, plan.batch, rank, ranks));
+    plan.ranks.push_back(PlanRank(config, plan.batch, options, rank, ranks));
   return plan;
 }
 
@@ -190,9 +191,10 @@ std::string PlanText(const Plan& plan, const Config& config) {
       fmt::format("{:.3g} FLOPs a token (6 N + 6 L d T, causal); {:.3g} in the 12 L d T convention",
                   plan.flops_per_token, plan.flops_per_token_full));
   const DType compute = ComputeDType(config);
-  const DType gradients = MakeTrainingOptions(config, b).gradients;
-  line("states", fmt::format("{} parameters, {} gradients", Name(compute), Name(gradients)));
-  const StateBytes states = StatesOf(MakeTrainingOptions(config, b));
+  const TrainingOptions options = MakeTrainingOptions(config, b);
+  line("states",
+       fmt::format("{} parameters, {} gradients", Name(compute), Name(options.gradients)));
+  const StateBytes states = StatesOf(options);
   text += fmt::format("\n{:<22}", "states per rank, GB");
   const int columns[] = {1, 4, 16, 64, 256, 1024};
   for (const int n : columns) text += fmt::format("{:>9}", fmt::format("dp {}", n));

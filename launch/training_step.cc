@@ -247,9 +247,12 @@ Tensor TrainingStep::Boundary(const Batch& batch) const {
   return t;
 }
 
-TrainingStep::Result TrainingStep::Run(std::span<const Batch> of_replica, double lr) {
-  std::vector<Batch> micro_batches;
-  for (const Batch& batch : of_replica) micro_batches.push_back(Mine(batch));
+TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, double lr) {
+  std::vector<Batch> cut;
+  if (sequence_ != nullptr) {
+    for (const Batch& batch : micro_batches) cut.push_back(Mine(batch));
+    micro_batches = cut;
+  }
   // The one normaliser of the step: a mean of micro-batch means would weigh tokens unequally.
   int64_t labelled = 0;
   for (const Batch& batch : micro_batches) labelled += batch.labelled;

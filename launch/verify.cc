@@ -15,6 +15,9 @@ Config OneRank(const Config& config, const BatchPlan& plan) {
   Config one = config;
   one.mesh = MeshConfig{};
   one.zero = ZeroConfig{};
+  one.pipeline = PipelineConfig{};
+  one.sequence = SequenceConfig{};
+  one.memory = MemoryConfig{};
   one.batch.micro = plan.micro;
   return one;
 }
@@ -92,15 +95,8 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     std::optional<TrainingStep> one;
     Comparison comparison(mine, &result);
     if (world.rank() == 0) {
-      TrainingOptions alone = options;
-      alone.mesh = {};
-      alone.recompute = alone.partition_activations = false;
-      alone.schedule = "1f1b";
-      alone.virtual_stages = 1;
-      alone.blocks_per_stage.clear();
-      alone.zero_stage = alone.shard_ranks = 0;
-      alone.offload_dir.clear();
-      alone.sequence_parallel = false;
+      TrainingOptions alone = MakeTrainingOptions(one_config, one_plan);
+      alone.gradients = options.gradients;  // as many ranks hold them
       one.emplace(alone, *self);
       LoadWeights(one_config, *one);
       one->optimizer().TakeValues();

@@ -21,6 +21,16 @@ struct CommQueue::State {
   void Serve();
 };
 
+void CheckConcurrent(const Communicator& communicator, const char* op, const char* why,
+                     const char* key) {
+  if (communicator.size() > 1 && !communicator.concurrent())
+    SHOAL_FAIL(
+        ErrorKind::kConfig, op,
+        "the MPI library lets one thread call it at a time (no MPI_THREAD_MULTIPLE), and {}: "
+        "set {} to 1, or start with --local-ranks",
+        why, key);
+}
+
 CommQueue::CommQueue(const Communicator& communicator) : state_(std::make_shared<State>()) {
   const bool meta = ExecutionContext::Current().device().type == DeviceType::kMeta;
   if (communicator.size() == 1 || meta || !communicator.concurrent()) return;

@@ -10,6 +10,11 @@
 
 namespace shoal {
 
+// Error(kConfig) of `op` if no second thread may send; `why` is who needs one, `key` the degree to
+// set to 1.
+void CheckConcurrent(const Communicator& communicator, const char* op, const char* why,
+                     const char* key);
+
 class CommQueue {
  public:
   // For work over groups of `communicator`'s ranks that are used by nothing else meanwhile.

@@ -215,6 +215,12 @@ std::vector<std::string> Communicator::AllGatherStrings(const std::string& mine)
   return all;
 }
 
+std::unique_ptr<Communicator> Communicator::Duplicate() {
+  std::vector<int> all(static_cast<size_t>(size()));
+  std::iota(all.begin(), all.end(), 0);
+  return Subgroup(all);
+}
+
 double Communicator::Scalar(double value, ReduceOp op) {
   const View view(&value, DType::kF64, {1});
   AllReduce(std::span(&view, 1), op, Traffic::kControl);

@@ -71,6 +71,8 @@ class Communicator {
   // The group of `members` (ranks of this one, of which this rank is one) in their order. All ranks
   // call it, each with its own group; the groups are disjoint. A failure in one is known to all.
   virtual std::unique_ptr<Communicator> Subgroup(std::span<const int> members) = 0;
+  // The same ranks as a group of its own, for another thread. Collective.
+  std::unique_ptr<Communicator> Duplicate();
   // Whether another thread of this rank may be in another communicator's call at the same time.
   virtual bool concurrent() const { return true; }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
-#include <numeric>
 
 #include "core/context.h"
 
@@ -87,15 +86,9 @@ PipelineExecutor::PipelineExecutor(PipelineSchedule schedule, Communicator& stag
   SHOAL_CHECK(stages.size() == schedule_.ranks, "pipeline", "a schedule of {} ranks on {}",
               schedule_.ranks, stages.size());
   CheckPipelineSchedule(schedule_);
-  if (stages.size() > 1 && !stages.concurrent())
-    SHOAL_FAIL(ErrorKind::kConfig, "pipeline",
-               "the MPI library lets one thread call it at a time (no MPI_THREAD_MULTIPLE), and "
-               "pipeline stages send while they compute: set mesh.pp to 1, or start with "
-               "--local-ranks");
-  std::vector<int> all(static_cast<size_t>(stages.size()));
-  std::iota(all.begin(), all.end(), 0);
-  activations_ = stages.Subgroup(all);
-  gradients_ = stages.Subgroup(all);
+  CheckConcurrent(stages, "pipeline", "pipeline stages send while they compute", "mesh.pp");
+  activations_ = stages.Duplicate();
+  gradients_ = stages.Duplicate();
   last_.resize(static_cast<size_t>(schedule_.chunks));
   for (const PipelineAction& a : schedule_.actions[static_cast<size_t>(rank_)]) {
     if (a.op == PipelineOp::kBackward || a.op == PipelineOp::kBackwardWeight)
@@ -236,14 +229,13 @@ double PipelineExecutor::Forward(const PipelineWork& work) {
   for (int stage = 0; stage < schedule_.stages(); ++stage) {
     const auto [rank, chunk] = schedule_.Holder(stage);
     if (rank != rank_) continue;
-    const PipelineAction here = {PipelineOp::kForward, 0, chunk};
     const PipelineAction receive = {PipelineOp::kReceiveActivation, 0, chunk};
     const PipelineAction send = {PipelineOp::kSendActivation, 0, chunk};
     if (schedule_.Peer(rank_, receive) >= 0) {
       x = work.boundary(0);
       Receive(receive, x);
     }
-    x = work.forward(chunk, here.micro_batch, x);
+    x = work.forward(chunk, 0, x);
     if (schedule_.Peer(rank_, send) >= 0)
       activations_->Send((x.contiguous() ? x : x.Clone()).view(), schedule_.Peer(rank_, send));
     if (stage + 1 == schedule_.stages()) loss = x.Item();

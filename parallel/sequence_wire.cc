@@ -1,21 +1,12 @@
 #include "parallel/sequence_wire.h"
 
-#include <numeric>
-#include <vector>
-
 #include "parallel/sequence_schedule.h"
 
 namespace shoal {
 
 SequenceWire::SequenceWire(Communicator& ranks) {
-  if (ranks.size() > 1 && !ranks.concurrent())
-    SHOAL_FAIL(ErrorKind::kConfig, "sequence",
-               "the MPI library lets one thread call it at a time (no MPI_THREAD_MULTIPLE), and "
-               "sequence parallelism sends while it computes: set mesh.cp to 1, or start with "
-               "--local-ranks");
-  std::vector<int> all(static_cast<size_t>(ranks.size()));
-  std::iota(all.begin(), all.end(), 0);
-  group_ = ranks.Subgroup(all);
+  CheckConcurrent(ranks, "sequence", "sequence parallelism sends while it computes", "mesh.cp");
+  group_ = ranks.Duplicate();
   sends_ = std::make_unique<CommQueue>(ranks);
   receives_ = std::make_unique<CommQueue>(ranks);
 }

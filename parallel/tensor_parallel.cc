@@ -27,7 +27,6 @@ class Region {
  public:
   Region(Communicator& group, bool by_tokens) : group_(group), by_tokens_(by_tokens) {}
   Communicator& group() const { return group_; }
-  bool by_tokens() const { return by_tokens_; }
   // A forward over `tokens` rows begins.
   void Begin(int64_t tokens) {
     bounds_ = ShardBounds(tokens, group_.size());

@@ -13,8 +13,7 @@ AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
                   q.dim(3) == k.dim(3) && k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0,
               "attention", "q {}, k {} and v {} do not fit", q.shape().ToString(),
               k.shape().ToString(), v.shape().ToString());
-  for (int a = 0; a < kMeshAxes; ++a) {
-    const auto axis = static_cast<MeshAxis>(a);
+  for (const MeshAxis axis : kAllMeshAxes) {
     if (k.placement()[axis] == AxisPlacement::Sharded(1))
       FailPlacement("attention", axis, k, 1, "has a part of each sequence, and all is attended to");
   }

@@ -24,7 +24,6 @@ class StateFile {
   // Tensors that are made while it is current lie in the file. Its space is taken at once:
   // Error(kStorage) with the numbers if there is not enough. On `meta` they are only counted.
   ExecutionContext& context() { return *context_; }
-  int64_t bytes() const { return context_->allocator()->stats().live_total; }
 
   // `states` are read or updated next: begins to read them.
   void Prefetch(std::span<const View> states) const;

@@ -66,6 +66,7 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       modules_(units.size()) {
   if (!options_.offload_dir.empty()) file_ = std::make_unique<StateFile>(options_.offload_dir);
   for (const auto& p : parameters_) {
+    number_.emplace(p.get(), std::ssize(number_));
     if (!p->requires_grad()) continue;
     for (const MeshAxis axis : {MeshAxis::kDp, MeshAxis::kCp})
       if (mesh.axis(axis).size() > 1) p->Place(axis, {AxisPlacement::kReplicated});
@@ -329,13 +330,11 @@ std::vector<ZeroOptimizer::Slice> ZeroOptimizer::Owned(const Bucket& bucket) {
 double ZeroOptimizer::GradNorm() {
   const auto n = static_cast<int64_t>(parameters_.size());
   const Tensor squares = Tensor::Full({n}, DType::kF64, 0, MemoryClass::kWorkspace);
-  std::unordered_map<const Parameter*, int64_t> index;
-  for (int64_t i = 0; i < n; ++i) index[parameters_[static_cast<size_t>(i)].get()] = i;
   for (const Bucket& bucket : buckets_) {
     if (!bucket.trainable) continue;
     for (const Slice& s : Owned(bucket)) {
       kernels::SumSquares(CurrentStream(),
-                          squares.Narrowed(0, index[bucket.parameters[s.parameter]], 1).view(),
+                          squares.Narrowed(0, number_.at(bucket.parameters[s.parameter]), 1).view(),
                           Gradient(bucket, s));
     }
   }

@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "core/module.h"
@@ -157,6 +158,7 @@ class ZeroOptimizer {
   std::unique_ptr<UpdateRule> rule_;
   std::unique_ptr<StateFile> file_;  // null: states are in memory
   std::vector<std::shared_ptr<Parameter>> parameters_;
+  std::unordered_map<const Parameter*, int64_t> number_;  // in parameters_
   std::deque<Bucket> buckets_;  // in the order in which backward completes them, within a pass
   // By pass: its trainable buckets, and which is to be reduced next, the same on every rank.
   struct Order {

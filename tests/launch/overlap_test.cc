@@ -7,8 +7,8 @@
 #include <functional>
 #include <iostream>
 #include <map>
-#include <random>
 
+#include "bench/random_batch.h"
 #include "core/context.h"
 #include "launch/training_step.h"
 #include "models/presets.h"
@@ -18,21 +18,6 @@ namespace shoal {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-Batch RandomBatch(int64_t count, int64_t length, int64_t vocab, int rank) {
-  std::mt19937 random(static_cast<uint32_t>(rank));
-  Batch batch;
-  batch.count = count;
-  batch.length = length;
-  batch.labelled = count * length;
-  for (int64_t i = 0; i < count * length; ++i) {
-    batch.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
-    batch.labels.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
-    batch.positions.push_back(static_cast<int32_t>(i % length));
-    batch.token_numbers.push_back(i);
-  }
-  return batch;
-}
 
 // Parts of a step by when this rank waits for a collective.
 enum Part {
@@ -95,7 +80,8 @@ Overlap Measure(const ModelConfig& model, int stage, int64_t batch, int64_t leng
     options.model = model;
     options.zero_stage = stage;
     TrainingStep step(options, world);
-    const std::vector<Batch> batches = {RandomBatch(batch, length, model.vocab, inner.rank())};
+    const std::vector<Batch> batches = {
+        RandomBatch(batch, length, model.vocab, static_cast<uint32_t>(inner.rank()))};
 
     KernelProfile profile;
     step.set_profile(&profile);

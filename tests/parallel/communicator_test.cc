@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -192,9 +191,7 @@ void CheckSubgroup(Communicator& c) {
 
 // Work behind a queue of its own while the group itself is used.
 void CheckQueue(Communicator& c) {
-  std::vector<int> all(static_cast<size_t>(c.size()));
-  std::iota(all.begin(), all.end(), 0);
-  const auto q = c.Subgroup(all);
+  const auto q = c.Duplicate();
   CommQueue queue(c);
   std::vector<double> a(1000, c.rank()), b(10, 1);
   const View va(a.data(), DType::kF64, {1000}), vb(b.data(), DType::kF64, {10});

@@ -46,8 +46,7 @@ TEST(Throttled, AQueueWorksBehindComputation) {
   RunThreadRanks(2, 1, [&](Communicator& inner) {
     const auto link = std::make_shared<ThrottledLink>();
     ThrottledCommunicator c(inner, link);
-    const std::vector<int> both = {0, 1};
-    const auto group = c.Subgroup(both);
+    const auto group = c.Duplicate();
     CommQueue queue(c);
     const Tensor a = Tensor::Full({kElements}, DType::kF32, 1);
     const Tensor b = Tensor::Full({kElements}, DType::kF32, 1);
