@@ -17,8 +17,8 @@ namespace shoal {
 class Node;
 
 // Memory that tensors share. It may be given up and obtained again while tensors refer to it: that
-// is how ZeRO 3 frees the parameters of a block between uses. Whoever gives it up may say how it is
-// brought back when a tensor is looked at.
+// is how ZeRO 3 frees the parameters of a block between uses. It may also be on its way from other
+// ranks. Whoever gives it up or sends for it says how it becomes whole when a tensor is looked at.
 class Storage {
  public:
   Storage(size_t bytes, MemoryClass memory_class, std::shared_ptr<Allocator> allocator,
@@ -39,8 +39,10 @@ class Storage {
     data_ = nullptr;
   }
   void set_restore(std::function<void()> restore) { restore_ = std::move(restore); }
+  // Its values are still arriving.
+  void set_pending(bool pending) { pending_ = pending; }
   void Restore() const {
-    if (data_ == nullptr && restore_) restore_();
+    if ((data_ == nullptr || pending_) && restore_) restore_();
   }
   void* data() const { return data_; }  // null while released
   size_t bytes() const { return bytes_; }
@@ -49,6 +51,7 @@ class Storage {
 
  private:
   void* data_ = nullptr;
+  bool pending_ = false;
   size_t bytes_;
   MemoryClass memory_class_;
   std::shared_ptr<Allocator> allocator_;

@@ -135,16 +135,21 @@ void Communicator::ReduceScatter(std::span<const View> pieces, std::span<const i
   DoReduceScatter(pieces, b);
 }
 
+int64_t Communicator::AllGatherBytes(std::span<const View> pieces,
+                                     std::span<const int64_t> bounds) const {
+  if (size() == 1 || pieces.empty()) return 0;
+  const int64_t elements = CheckPieces("all-gather", pieces);
+  return SentToGather(Bounds("all-gather", bounds, elements, size()), rank()) *
+         static_cast<int64_t>(SizeOf(pieces[0].dtype));
+}
+
 void Communicator::AllGather(std::span<const View> pieces, std::span<const int64_t> bounds,
                              Traffic traffic) {
   if (size() == 1 || pieces.empty()) return;
   const int64_t elements = CheckPieces("all-gather", pieces);
-  const std::vector<int64_t> b = Bounds("all-gather", bounds, elements, size());
-  const int64_t sent = SentToGather(b, rank());
-  const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
-  if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
+  if (!Count(AllGatherBytes(pieces, bounds), traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "AllGather");
-  DoAllGather(pieces, b);
+  DoAllGather(pieces, Bounds("all-gather", bounds, elements, size()));
 }
 
 void Communicator::AllToAll(const View& send, std::span<const int64_t> send_counts,

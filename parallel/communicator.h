@@ -26,7 +26,9 @@
 namespace shoal {
 
 enum class ReduceOp { kSum, kMax };
-enum class Traffic { kData, kControl };  // tensors, or scalars that steer the run
+// Tensors, or scalars that steer the run. kAhead: tensors that whoever put the call in a queue has
+// counted then (AllGatherBytes), so that a count does not depend on how far the queue is.
+enum class Traffic { kData, kControl, kAhead };
 
 // Where the share of rank `rank` of `size` begins in n elements: rank = size gives n.
 inline int64_t ShardBegin(int64_t n, int rank, int size) { return n * rank / size; }
@@ -55,6 +57,8 @@ class Communicator {
   // In place: every rank's share, from where that rank holds it, to all. Any dtype.
   void AllGather(std::span<const View> pieces, std::span<const int64_t> bounds = {},
                  Traffic traffic = Traffic::kData);
+  // What AllGather counts for this rank.
+  int64_t AllGatherBytes(std::span<const View> pieces, std::span<const int64_t> bounds = {}) const;
   // `send` holds send_counts[r] elements for each rank r, one after the other; they arrive in rank
   // order in `receive`, receive_counts[r] from rank r. Any dtype.
   void AllToAll(const View& send, std::span<const int64_t> send_counts, const View& receive,
@@ -120,7 +124,7 @@ class Communicator {
   // Counts `bytes` as sent. True if there is anything to move.
   bool Count(int64_t bytes, Traffic traffic, const View& like);
   // One thread may send while another receives.
-  std::array<std::atomic<int64_t>, 2> wire_bytes_ = {};
+  std::array<std::atomic<int64_t>, 3> wire_bytes_ = {};
   KernelProfile* profile_ = nullptr;
   std::optional<MeshAxis> axis_;
 };

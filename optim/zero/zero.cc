@@ -137,7 +137,11 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       HookGradients(bucket);
     }
   }
-  if (three) HookUnits(units);
+  if (three) {
+    HookUnits(units);
+  } else {
+    for (Bucket& bucket : buckets_) AwaitValues(bucket);
+  }
 }
 
 ZeroOptimizer::~ZeroOptimizer() {
@@ -302,10 +306,7 @@ void ZeroOptimizer::FinishPass(int pass, bool last) {
 
 void ZeroOptimizer::FinishStep() {
   if (passes_.count(kLate) > 0) FinishPass(kLate, true);
-  if (options_.stage >= 2) SumOverReplicas();
-}
-
-void ZeroOptimizer::SumOverReplicas() {
+  if (options_.stage < 2) return;
   for (const Bucket& bucket : buckets_) {
     if (!bucket.trainable) continue;
     queue_.Post(
@@ -349,10 +350,11 @@ double ZeroOptimizer::GradNorm() {
 void ZeroOptimizer::Step(double lr, double gradient_scale) {
   ++step_;
   std::vector<View> states;
-  for (size_t b = 0; b < buckets_.size(); ++b) {
+  // What the next forward uses first comes first.
+  for (size_t b = buckets_.size(); b-- > 0;) {
     Bucket& bucket = buckets_[b];
     if (!bucket.trainable) continue;
-    if (file_ != nullptr && b + 1 < buckets_.size()) file_->Prefetch(States(buckets_[b + 1]));
+    if (file_ != nullptr && b > 0) file_->Prefetch(States(buckets_[b - 1]));
     for (const Slice& s : bucket.slices) {
       states.clear();
       for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
@@ -364,15 +366,32 @@ void ZeroOptimizer::Step(double lr, double gradient_scale) {
     if (file_ != nullptr) file_->Retire(States(bucket));
     bucket.gradient = Tensor();
     for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
-    if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
+    SendForValues(bucket);
   }
   if (file_ != nullptr) file_->Settle();
-  queue_.WaitAll();
 }
 
 // From the ranks' shares to whole parameters on all of them.
 CommQueue::Ticket ZeroOptimizer::Gather(const Bucket& bucket) {
-  return queue_.Post([this, values = Values(bucket.parameters)] { shard_->AllGather(values); });
+  const std::vector<View> values = Values(bucket.parameters);
+  ahead_ += shard_->AllGatherBytes(values);
+  return queue_.Post([this, values] { shard_->AllGather(values, {}, Traffic::kAhead); });
+}
+
+void ZeroOptimizer::SendForValues(Bucket& bucket) {
+  if (options_.stage != 1 && options_.stage != 2) return;
+  bucket.ticket = Gather(bucket);
+  for (Parameter* p : bucket.parameters) p->value().storage().set_pending(true);
+}
+
+// Whoever looks at a parameter that is on its way waits for its bucket.
+void ZeroOptimizer::AwaitValues(Bucket& bucket) {
+  for (Parameter* p : bucket.parameters) {
+    p->value().storage().set_restore([this, &bucket] {
+      queue_.Wait(bucket.ticket);
+      for (Parameter* arrived : bucket.parameters) arrived->value().storage().set_pending(false);
+    });
+  }
 }
 
 std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
@@ -397,10 +416,7 @@ std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
 }
 
 void ZeroOptimizer::ShareValues() {
-  for (const Bucket& bucket : buckets_) {
-    if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
-  }
-  queue_.WaitAll();
+  for (Bucket& bucket : buckets_) SendForValues(bucket);
 }
 
 void ZeroOptimizer::TakeValues() {
@@ -433,10 +449,9 @@ void ZeroOptimizer::HookUnits(const std::vector<Module*>& modules) {
   }
   // Whoever looks at a parameter that nobody has announced waits for it here.
   for (Unit& unit : units_) {
-    for (const Bucket* bucket : unit.buckets) {
+    for (const Bucket* bucket : unit.buckets)
       for (Parameter* p : bucket->parameters)
         p->value().storage().set_restore([this, &unit] { Ensure(unit); });
-    }
   }
 }
 

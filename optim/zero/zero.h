@@ -2,7 +2,7 @@
 // are cut over the ranks that share parameters:
 //   stage 0  nothing: gradients are all-reduced, every rank updates everything
 //   stage 1  optimizer states: gradients are reduce-scattered after the last micro-batch, a rank
-//            updates its share, and parameters are all-gathered
+//            updates its share, and parameters are all-gathered, each waited for at its next use
 //   stage 2  and gradients: reduce-scattered after every micro-batch, only the share is kept
 //   stage 3  and parameters: a unit's are gathered before its forward and its backward, one unit
 //            ahead, and freed behind it
@@ -95,7 +95,7 @@ class ZeroOptimizer {
   int replica() const { return replicas_->rank(); }
   // Bytes that the data-parallel exchange has sent, without control scalars.
   int64_t wire_bytes() const {
-    return shard_->wire_bytes(Traffic::kData) + replicas_->wire_bytes(Traffic::kData);
+    return shard_->wire_bytes(Traffic::kData) + replicas_->wire_bytes(Traffic::kData) + ahead_;
   }
   void set_profile(KernelProfile* profile) { queue_.set_profile(profile); }
 
@@ -134,6 +134,7 @@ class ZeroOptimizer {
   static std::vector<Slice> Owned(const Bucket& bucket);
   void HookGradients(Bucket& bucket);
   void HookUnits(const std::vector<Module*>& modules);
+  void AwaitValues(Bucket& bucket);
   void MakeStates(Bucket& bucket) const;
   static std::vector<View> States(const Bucket& bucket);
   View Value(const Bucket& bucket, const Slice& slice) const;
@@ -141,9 +142,9 @@ class ZeroOptimizer {
 
   void ReduceReady(int pass);
   void Reduce(Bucket& bucket);
-  void SumOverReplicas();
   void Retire(Bucket& bucket);
   CommQueue::Ticket Gather(const Bucket& bucket);
+  void SendForValues(Bucket& bucket);
 
   bool Last(size_t unit) const;  // of its pass' modules
   void Request(Unit& unit);
@@ -170,6 +171,7 @@ class ZeroOptimizer {
   std::deque<Unit> units_;  // the modules', then those of single parameters
   size_t modules_ = 0;
   int64_t step_ = 0;
+  int64_t ahead_ = 0;  // bytes of the gathers that were posted
 };
 
 }  // namespace shoal

@@ -113,7 +113,8 @@ class ThrottledCommunicator : public Communicator {
   }
   // What was counted since the last call goes over the link.
   ThrottledLink::Clock::time_point Pass(std::span<const View> pieces) {
-    const int64_t all = wire_bytes(Traffic::kData) + wire_bytes(Traffic::kControl);
+    const int64_t all =
+        wire_bytes(Traffic::kData) + wire_bytes(Traffic::kControl) + wire_bytes(Traffic::kAhead);
     return link_->Send(all - std::exchange(passed_, all), pieces);
   }
 
