@@ -78,8 +78,33 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
   for (const Tensor& t : kept) node->saved_.emplace_back(t);
   node->backward_ = std::move(backward);
   node->split_ = options.split;
+  node->identity_ = options.identity;
+  if (options.recompute && RematerializeScope::active()) {
+    node->recompute_ = std::make_unique<Rematerialized>();
+    node->recompute_->compute = options.recompute;
+    for (const Tensor& input : inputs) {
+      // As it is kept already, so that it is kept once.
+      const auto same = std::find_if(kept.begin(), kept.end(), [&](const Tensor& t) {
+        return t.defined() && input.defined() && t.is(input);
+      });
+      node->recompute_->operands.push_back(
+          same == kept.end() ? SavedTensor(input)
+                             : node->saved_[static_cast<size_t>(same - kept.begin())]);
+    }
+  }
   out.set_node(std::move(node));
   return out;
+}
+
+std::shared_ptr<Rematerialized> RematerializedBy(Node* node) {
+  while (node != nullptr && node->identity_) node = node->inputs_[0].get();
+  if (node == nullptr || node->recompute_ == nullptr) return nullptr;
+  std::shared_ptr<Rematerialized> shared = node->rematerialized_.lock();
+  if (shared == nullptr) {
+    shared = std::make_shared<Rematerialized>(*node->recompute_);
+    node->rematerialized_ = shared;
+  }
+  return shared;
 }
 
 Tensor GradContext::Saved(int i) {
@@ -181,6 +206,8 @@ class BackwardPass {
   static void Call(Node& node, Tensor grad, GradContext::Part part,
                    const BackwardOptions& options) {
     GradContext context(node, std::move(grad), part, options);
+    // Nobody keeps the result any more, and what is kept may be the op's alone.
+    if (part != GradContext::Part::kInputs) node.recompute_.reset();
     node.backward_(context);
     if (part == GradContext::Part::kInputs) return;
     node.saved_.clear();

@@ -36,6 +36,7 @@ class Node {
  private:
   friend class GradContext;
   friend class BackwardPass;
+  friend std::shared_ptr<Rematerialized> RematerializedBy(Node*);
   friend Tensor Record(const char*, Tensor, const std::vector<Tensor>&, const std::vector<Tensor>&,
                        std::function<void(GradContext&)>, const RecordOptions&);
 
@@ -47,6 +48,9 @@ class Node {
   std::vector<SavedTensor> saved_;
   std::function<void(GradContext&)> backward_;
   bool split_ = true;
+  bool identity_ = false;
+  std::unique_ptr<Rematerialized> recompute_;     // how, if its result may be rematerialized
+  std::weak_ptr<Rematerialized> rematerialized_;  // by those who would keep it
   // For the time of a backward pass:
   int pending_ = 0;  // uses whose gradients have not arrived
   Tensor gradient_;
@@ -139,6 +143,10 @@ struct RecordOptions {
   std::optional<Placement> placement;   // of `out`; by default UniformPlacement of the inputs
   bool linear = false;                  // in all inputs together; see UniformPlacement
   bool split = true;  // false: its backward is one pass, also where weights' gradients are deferred
+  bool identity = false;  // `out` has the values and the shape of the first input
+  // `out` again, from `inputs`, which its backward keeps or which are parameters. For what costs
+  // little beside the bytes: see RematerializeScope.
+  std::function<Tensor(const std::vector<Tensor>&)> recompute;
 };
 // For ops: attaches `out` to the graph as a function of `inputs`, if any of them wants a gradient.
 // `kept` is what backward will ask for by Saved(i).
@@ -146,6 +154,8 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& kept, std::function<void(GradContext&)> backward,
               const RecordOptions& options = {});
 bool WantsGradient(const std::vector<Tensor>& inputs);
+// The node's result for a SavedTensor that need not hold it; null if it must. `node` may be null.
+std::shared_ptr<Rematerialized> RematerializedBy(Node* node);
 
 bool GradEnabled();
 class NoGrad {

@@ -5,6 +5,7 @@
 namespace shoal {
 namespace {
 thread_local std::shared_ptr<const SavedTensorHooks> current_hooks;
+thread_local bool rematerialize = false;
 }  // namespace
 
 SavedTensorScope::SavedTensorScope(SavedTensorHooks hooks) : previous_(std::move(current_hooks)) {
@@ -12,8 +13,17 @@ SavedTensorScope::SavedTensorScope(SavedTensorHooks hooks) : previous_(std::move
 }
 SavedTensorScope::~SavedTensorScope() { current_hooks = std::move(previous_); }
 
+RematerializeScope::RematerializeScope() : previous_(rematerialize) { rematerialize = true; }
+RematerializeScope::~RematerializeScope() { rematerialize = previous_; }
+bool RematerializeScope::active() { return rematerialize; }
+
 SavedTensor::SavedTensor(const Tensor& t) {
   if (!t.defined()) return;
+  if (rematerialize) rematerialized_ = RematerializedBy(t.node().get());
+  if (rematerialized_ != nullptr) {
+    placement_ = t.placement();
+    return;
+  }
   const bool parameter = t.node() != nullptr && t.node()->is_leaf();
   if (current_hooks != nullptr && !parameter && IsFloat(t.dtype())) {
     hooks_ = current_hooks;
@@ -24,6 +34,19 @@ SavedTensor::SavedTensor(const Tensor& t) {
 }
 
 Tensor SavedTensor::Take() {
+  if (rematerialized_ != nullptr) {
+    const std::shared_ptr<Rematerialized> shared = std::move(rematerialized_);
+    if (!shared->value.defined()) {
+      std::vector<Tensor> operands;
+      for (const SavedTensor& operand : shared->operands)
+        operands.push_back(SavedTensor(operand).Take());
+      shared->value = shared->compute(operands);
+    }
+    const Tensor t = shared->value.Detached();
+    t.set_placement(placement_);
+    if (shared.use_count() == 1) shared->value = Tensor();
+    return t;
+  }
   if (!packed_.has_value()) return std::move(tensor_);
   Tensor t = hooks_->unpack(packed_);
   packed_.reset();

@@ -4,6 +4,8 @@
 
 #include <any>
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "core/tensor.h"
 
@@ -27,6 +29,22 @@ class SavedTensorScope {
   std::shared_ptr<const SavedTensorHooks> previous_;
 };
 
+// While in scope, this thread's ops do not keep what is cheap to compute again from tensors that
+// are kept anyhow (RecordOptions::recompute): backward computes it when it asks for it.
+class RematerializeScope {
+ public:
+  RematerializeScope();
+  ~RematerializeScope();
+  RematerializeScope(const RematerializeScope&) = delete;
+  RematerializeScope& operator=(const RematerializeScope&) = delete;
+  static bool active();
+
+ private:
+  bool previous_;
+};
+
+struct Rematerialized;
+
 class SavedTensor {
  public:
   SavedTensor() = default;
@@ -36,12 +54,24 @@ class SavedTensor {
   SavedTensor(const Tensor& t);  // NOLINT: ops list what they keep
   // Gives the tensor up: when nobody else shares its memory, the caller may overwrite it.
   Tensor Take();
-  bool defined() const { return tensor_.defined() || packed_.has_value(); }
+  bool defined() const {
+    return tensor_.defined() || packed_.has_value() || rematerialized_ != nullptr;
+  }
 
  private:
   Tensor tensor_;
   std::any packed_;
   std::shared_ptr<const SavedTensorHooks> hooks_;
+  std::shared_ptr<Rematerialized> rematerialized_;
+  Placement placement_;  // of what is computed again
+};
+
+// An op's result that is not kept. All who would keep it share this, and the last one to ask ends
+// the value.
+struct Rematerialized {
+  std::function<Tensor(const std::vector<Tensor>&)> compute;
+  std::vector<SavedTensor> operands;
+  Tensor value;  // between the first use and the last
 };
 
 }  // namespace shoal

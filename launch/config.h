@@ -103,6 +103,7 @@ struct PrecisionConfig {
 struct MemoryConfig {
   std::string recompute = "none";
   std::optional<int64_t> budget;  // bytes
+  bool overcommit = false;
   bool offload_activations = false;
   bool partition_activations = false;
   bool operator==(const MemoryConfig&) const = default;

@@ -167,7 +167,10 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"auto", "fp32", "bf16"}),
       KEY(memory, recompute, "activations that backward computes again")
           .OneOf({"none", "full", "selective", "auto"}),
-      KEY(memory, budget, "memory of one rank").Bytes().LeftOut("no limit"),
+      KEY(memory, budget, "memory of one rank at its peak; more is refused at the start")
+          .Bytes()
+          .LeftOut("a rank's share of its host's"),
+      KEY(memory, overcommit, "start even if the plan's peak is more than there is"),
       KEY(memory, partition_activations,
           "tensor-parallel ranks keep parts of what all of them would keep"),
       KEY(memory, offload_activations, "keep activations on the host between the passes"),

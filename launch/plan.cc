@@ -1,51 +1,12 @@
 #include "launch/plan.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "launch/session.h"
-#include "launch/training_step.h"
 
 namespace shoal {
 namespace {
-
-// A batch of the right shape; on `meta` nobody reads it.
-Batch EmptyBatch(int64_t count, int64_t length, bool documents) {
-  Batch batch;
-  batch.count = count;
-  batch.length = length;
-  batch.labelled = count * length;
-  const auto n = static_cast<size_t>(count * length);
-  batch.tokens.resize(n);
-  batch.labels.resize(n);
-  batch.positions.resize(n);
-  batch.token_numbers.resize(n);
-  if (documents) batch.documents.resize(n);
-  return batch;
-}
-
-RankPlan PlanRank(const Config& config, const BatchPlan& batch, const TrainingOptions& options,
-                  int rank, int ranks) {
-  ExecutionContext context(Device{DeviceType::kMeta});
-  const ContextScope scope(context);
-  const auto communicator = MakeMetaCommunicator(rank, ranks);
-  TrainingStep step(options, *communicator);
-  const std::vector<Batch> batches(
-      static_cast<size_t>(batch.micro_batches),
-      EmptyBatch(batch.micro, config.data.sequence_length, config.data.documents));
-  RankPlan plan = {rank, {}, {}};
-  const auto add = [&](int sign) {
-    for (int a = 0; a < kMeshAxes; ++a)
-      plan.wire_bytes[static_cast<size_t>(a)] += sign * step.wire_bytes(static_cast<MeshAxis>(a));
-  };
-  add(-1);
-  step.Run(batches, config.optim.lr);
-  add(1);
-  plan.memory = context.allocator()->stats();
-  return plan;
-}
 
 double Mega(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
 
@@ -88,13 +49,15 @@ int64_t Plan::peak() const {
   return peak;
 }
 
-bool Plan::fits() const { return peak() <= budget.value_or(available); }
+int64_t Plan::limit() const { return budget.value_or(available); }
+
+bool Plan::fits() const { return peak() <= limit(); }
 
 Plan MakePlan(const Config& config, int ranks) {
   Plan plan;
   plan.batch = CheckBatch(config, ranks);
   plan.budget = config.memory.budget;
-  plan.available = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / ranks;
+  plan.available = MemoryOfRank(ranks);
   const ModelConfig model = ModelShape(config);
   plan.parameters = ParameterCount(model);
   plan.tokens_per_step = config.batch.sequences * config.data.sequence_length;
@@ -105,13 +68,70 @@ Plan MakePlan(const Config& config, int ranks) {
                                                config.data.sequence_length);
   plan.flops_per_token = 6.0 * static_cast<double>(matmul) + 6 * attention;
   plan.flops_per_token_full = 6.0 * static_cast<double>(matmul) + 12 * attention;
-  const TrainingOptions options = MakeTrainingOptions(config, plan.batch);
-  plan.stages = StagesOf(options);
-  plan.pipeline = SimulateStep(options);
+  plan.options = MakeTrainingOptions(config, plan.batch);
+  plan.stages = StagesOf(plan.options);
+  plan.pipeline = SimulateStep(plan.options);
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
-    plan.ranks.push_back(PlanRank(config, plan.batch, options, rank, ranks));
+    plan.ranks.push_back(DryRun(plan.options, PassOf(config, plan.batch), rank));
   return plan;
+}
+
+void CheckFits(const Plan& plan, const Config& config) {
+  if (plan.fits() || config.memory.overcommit) return;
+  const auto largest = std::max_element(
+      plan.ranks.begin(), plan.ranks.end(),
+      [](const auto& a, const auto& b) { return a.memory.peak_total < b.memory.peak_total; });
+  // One change at a time, then all of them; what they take, by the same dry run.
+  std::string fitting;
+  int64_t least = largest->memory.peak_total;
+  Config all = config;
+  const auto with = [&](const Config& other, const std::string& what) {
+    const BatchPlan batch = CheckBatch(other, static_cast<int>(plan.ranks.size()));
+    const int64_t peak =
+        DryRun(MakeTrainingOptions(other, batch), PassOf(other, batch), largest->rank)
+            .memory.peak_total;
+    least = std::min(least, peak);
+    if (peak <= plan.limit())
+      fitting += fmt::format("{}{} ({:.1f} MB)", fitting.empty() ? "" : ", ", what, Mega(peak));
+  };
+  const auto try_one = [&](auto&& change, const std::string& what) {
+    Config other = config;
+    change(other);
+    with(other, what);
+    change(all);
+  };
+  if (config.memory.recompute == "none")
+    try_one([](Config& c) { c.memory.recompute = "selective"; },
+            "memory.recompute = \"selective\"");
+  if (config.memory.recompute != "full")
+    try_one([](Config& c) { c.memory.recompute = "full"; }, "memory.recompute = \"full\"");
+  if (plan.batch.dp * config.mesh.cp > 1)
+    for (int64_t stage = config.zero.stage + 1; stage <= 3; ++stage)
+      try_one([stage](Config& c) { c.zero.stage = stage; }, fmt::format("zero.stage = {}", stage));
+  if (plan.batch.micro > 1) try_one([](Config& c) { c.batch.micro = 1; }, "batch.micro = 1");
+  if (config.zero.offload != "file")
+    try_one([](Config& c) { c.zero.offload = "file"; }, "zero.offload = \"file\"");
+  if (fitting.empty()) {
+    with(all, "all of them");
+    fitting = fitting.empty() ? fmt::format(
+                                    "recomputation, sharding, batch.micro 1 and states in a file "
+                                    "together come to {:.1f} MB: use more ranks (mesh.tp, mesh.pp, "
+                                    "mesh.cp) or a smaller model",
+                                    Mega(least))
+                              : fmt::format(
+                                    "recomputation, sharding, batch.micro 1 and states in a file "
+                                    "together fit ({:.1f} MB)",
+                                    Mega(least));
+  } else {
+    fitting = "what fits: " + fitting;
+  }
+  SHOAL_FAIL(ErrorKind::kConfig, "plan",
+             "rank {} needs {:.1f} MB at its peak, and {} {:.1f} MB; {}. memory.overcommit = true "
+             "starts anyhow",
+             largest->rank, Mega(largest->memory.peak_total),
+             plan.budget ? "memory.budget is" : "its share of this machine's memory is",
+             Mega(plan.limit()), fitting);
 }
 
 std::string PlanJson(const Plan& plan) {
@@ -191,7 +211,7 @@ std::string PlanText(const Plan& plan, const Config& config) {
       fmt::format("{:.3g} FLOPs a token (6 N + 6 L d T, causal); {:.3g} in the 12 L d T convention",
                   plan.flops_per_token, plan.flops_per_token_full));
   const DType compute = ComputeDType(config);
-  const TrainingOptions options = MakeTrainingOptions(config, b);
+  const TrainingOptions& options = plan.options;
   line("states",
        fmt::format("{} parameters, {} gradients", Name(compute), Name(options.gradients)));
   const StateBytes states = StatesOf(options);
@@ -226,9 +246,17 @@ std::string PlanText(const Plan& plan, const Config& config) {
                         Mega(sent(plan.ranks[0])), Mega(all));
   }
   if (config.mesh.pp > 1) text += PipelineText(plan, config);
+  for (size_t stage = 0; config.memory.recompute == "auto" && stage < options.recompute.size();
+       ++stage) {
+    const auto [full, selective] = options.recompute[stage];
+    line(stage == 0 ? "recompute" : "",
+         fmt::format("{}{} block{} whole, {} selectively",
+                     options.recompute.size() > 1 ? fmt::format("pp {}: ", stage) : "", full,
+                     full == 1 ? "" : "s", selective));
+  }
   text += fmt::format("{:<22} {} ({} {:.0f} MB)\n", "fits", plan.fits() ? "yes" : "no",
                       plan.budget ? "memory.budget" : "a rank's share of this machine has",
-                      Mega(plan.budget.value_or(plan.available)));
+                      Mega(plan.limit()));
   return text;
 }
 

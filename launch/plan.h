@@ -2,23 +2,14 @@
 // sizes but no memory, over a communicator that counts.
 #pragma once
 
-#include <array>
 #include <string>
 #include <vector>
 
-#include "core/allocator.h"
 #include "launch/config.h"
-#include "launch/training_step.h"
-#include "parallel/mesh.h"
+#include "launch/dry_run.h"
 #include "parallel/pipeline_simulator.h"
 
 namespace shoal {
-
-struct RankPlan {
-  int rank = 0;
-  MemoryStats memory;  // peaks of one step; scratch inside kernels is not counted
-  std::array<int64_t, kMeshAxes> wire_bytes = {};  // sent per step, by axis
-};
 
 struct Plan {
   BatchPlan batch;
@@ -27,6 +18,7 @@ struct Plan {
   int64_t steps_per_epoch = 0;      // 0 if the data was not opened
   double flops_per_token = 0;       // 6 N_matmul + 6 L d T (causal)
   double flops_per_token_full = 0;  // with 12 L d T, as often quoted
+  TrainingOptions options;
   std::vector<RankPlan> ranks;
   std::vector<int> stages;        // bounds of the pipeline's stages in the model's segments
   PipelineSimulation pipeline;    // of a step, in FLOPs
@@ -34,6 +26,7 @@ struct Plan {
   int64_t available = 0;          // memory of this machine, over the ranks on it
 
   int64_t peak() const;  // the largest rank's
+  int64_t limit() const;
   bool fits() const;
 };
 
@@ -54,6 +47,9 @@ Plan MakePlan(const Config& config, int ranks);
 // {"ranks": [{"rank", "bytes": {class..., "peak"}, "wire_bytes": {axis...}}], "bubble", "fits",
 // ...}
 std::string PlanJson(const Plan& plan);
+// Error(kConfig) if `plan` does not fit, naming what would make it; memory.overcommit starts
+// anyhow.
+void CheckFits(const Plan& plan, const Config& config);
 std::string PlanText(const Plan& plan, const Config& config);
 
 }  // namespace shoal

@@ -1,5 +1,7 @@
 #include "launch/session.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <filesystem>
 
@@ -84,7 +86,12 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   // in run.dir, which is made last.
   if (config.zero.offload == "file")
     options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
-  options.recompute = config.memory.recompute == "full";
+  const auto layers = static_cast<int>(options.model.layers);
+  if (config.memory.recompute == "full" || config.memory.recompute == "selective") {
+    const bool full = config.memory.recompute == "full";
+    options.recompute.assign(static_cast<size_t>(options.mesh.pp),
+                             {full ? layers : 0, full ? 0 : layers});
+  }
   options.partition_activations = config.memory.partition_activations;
   if (config.sequence.schedule != "auto")
     options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
@@ -100,7 +107,18 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   Cut(options.model, options.mesh.tp);
   StagesOf(options);
   CheckPipelineSchedule(ScheduleOf(options, options.micro_batches));
+  if (config.memory.recompute == "auto")
+    ChooseRecompute(&options, PassOf(config, plan),
+                    config.memory.budget.value_or(MemoryOfRank(options.mesh.ranks())));
   return options;
+}
+
+PassShape PassOf(const Config& config, const BatchPlan& plan) {
+  return {plan.micro, config.data.documents};
+}
+
+int64_t MemoryOfRank(int ranks) {
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / ranks;
 }
 
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,

@@ -8,7 +8,7 @@
 #include "checkpoint/store.h"
 #include "data/loader.h"
 #include "launch/config.h"
-#include "launch/training_step.h"
+#include "launch/dry_run.h"
 
 namespace shoal {
 
@@ -23,6 +23,9 @@ OpenedData OpenData(Config* config);
 
 DType ComputeDType(const Config& config);  // of precision.compute
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
+PassShape PassOf(const Config& config, const BatchPlan& plan);
+// A rank's share of this machine's memory, if `ranks` run on it.
+int64_t MemoryOfRank(int ranks);
 
 // What replica `replica` computes in step `step` (from 1), a batch per pass.
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,

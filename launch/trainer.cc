@@ -1,5 +1,6 @@
 #include "launch/trainer.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -80,6 +81,15 @@ class Run {
     });
     // All ranks see all answers, so all find the same; told once.
     Agree(communicator_, [&] { CheckSame(config_, data_.fingerprint, communicator_); });
+    const std::vector<std::string> hosts = communicator_.AllGatherStrings(communicator_.host());
+    Agree(communicator_, [&] {
+      if (communicator_.rank() != 0) return;
+      forecast_ = MakePlan(config_, communicator_.size());
+      forecast_.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
+      forecast_.available =
+          MemoryOfRank(static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[0])));
+      CheckFits(forecast_, config_);
+    });
   }
 
   void BuildFresh() {
@@ -95,10 +105,8 @@ class Run {
         static_cast<int64_t>(communicator_.Sum(static_cast<double>(SaveBytes(step_->State(true)))));
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
-      Plan plan = MakePlan(config_, communicator_.size());
-      plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
-      directory_.emplace(
-          RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan), save_bytes));
+      directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_),
+                                              PlanJson(forecast_), save_bytes));
     });
     try {
       Agree(communicator_, [&] {
@@ -164,6 +172,7 @@ class Run {
   Communicator& communicator_;
   Console console_{communicator_.rank(), communicator_.size()};
   BatchPlan plan_;
+  Plan forecast_;  // rank 0's
   OpenedData data_;
   TrainingOptions options_;
   std::optional<RunDirectory> directory_;

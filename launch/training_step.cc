@@ -82,6 +82,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
         blocks.push_back(model_->blocks()[static_cast<size_t>(s) - 1].get());
     }
   }
+  blocks_ = static_cast<int>(blocks.size());
   model_->Keep(kept);
   begin_ = ApplyTensorParallel(*model_, Cut(options.model, mesh_.shape().tp),
                                mesh_.axis(MeshAxis::kTp), options.sequence_parallel);
@@ -90,9 +91,17 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     sequence_->set_profile(profile_);
   }
   TieHead();
-  if (options.recompute)
-    for (Module* block : blocks)
-      ApplyRecompute(*block, [this] { return [this, n = tokens_] { begin_(n); }; });
+  if (!options.recompute.empty()) {
+    const auto [full, selective] =
+        options.recompute[static_cast<size_t>(mesh_.coordinate(MeshAxis::kPp))];
+    for (int i = 0; i < std::min(full + selective, static_cast<int>(blocks.size())); ++i) {
+      Module& block = *blocks[static_cast<size_t>(i)];
+      if (i < full)
+        ApplyRecompute(block, [this] { return [this, n = tokens_] { begin_(n); }; });
+      else
+        ApplySelectiveRecompute(block);
+    }
+  }
   ZeroOptions zero;
   zero.stage = options.zero_stage;
   zero.shard_ranks = options.shard_ranks;

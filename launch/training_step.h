@@ -28,7 +28,11 @@ struct TrainingOptions {
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   std::string offload_dir;
-  bool recompute = false;              // blocks' activations, in backward
+  // How backward gets the activations of this many of a rank's blocks, from its first.
+  struct Recompute {
+    int full = 0, selective = 0;
+  };
+  std::vector<Recompute> recompute;    // by rank of the pipeline; empty: all are kept
   bool partition_activations = false;  // over tp
   SequenceOptions sequence;            // of attention over cp
   std::string schedule = "1f1b";       // of the pipeline: a kind, or a file
@@ -65,6 +69,7 @@ class TrainingStep {
   // of a replica call it together.
   double SumLoss(const Batch& batch);
 
+  int blocks() const { return blocks_; }  // of this rank
   LanguageModel& model() { return *model_; }
   ZeroOptimizer& optimizer() { return *optimizer_; }
   const Mesh& mesh() const { return mesh_; }
@@ -104,10 +109,11 @@ class TrainingStep {
   std::unique_ptr<PipelineExecutor> executor_;
   int64_t wire_before_ = 0;                    // of executors before this one
   std::vector<std::pair<int, int>> segments_;  // by chunk
-  std::function<void(int64_t)> begin_;         // a forward over so many tokens
-  std::shared_ptr<SequenceGroup> sequence_;    // null if cp is 1
-  int64_t tokens_ = 0;                         // of the forward that began last
-  std::unique_ptr<Communicator> tied_;         // the stages that hold a tied head's weight
+  int blocks_ = 0;
+  std::function<void(int64_t)> begin_;       // a forward over so many tokens
+  std::shared_ptr<SequenceGroup> sequence_;  // null if cp is 1
+  int64_t tokens_ = 0;                       // of the forward that began last
+  std::unique_ptr<Communicator> tied_;       // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
   std::unique_ptr<ZeroOptimizer> optimizer_;
 };

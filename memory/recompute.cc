@@ -58,4 +58,12 @@ void ApplyRecompute(Module& module, std::function<std::function<void()>()> snaps
   };
 }
 
+void ApplySelectiveRecompute(Module& module) {
+  module.hooks().around = [](const Tensor& in,
+                             const std::function<Tensor(const Tensor&)>& forward) {
+    const RematerializeScope scope;
+    return forward(in);
+  };
+}
+
 }  // namespace shoal

@@ -122,6 +122,7 @@ Tensor Enter(const Tensor& x, Communicator& group) {
   RecordOptions options;
   options.gradient_dtype = AccumulatorDType(dtype);
   options.placement = Placed("enter", x, group, {Kind::kInvariant}, {Kind::kReplicated});
+  options.identity = true;
   return Record(
       "enter", x.Detached(), {x}, {},
       [&group, dtype](GradContext& context) {

@@ -46,41 +46,62 @@ Tensor Scale(const Tensor& x, double alpha) {
 }
 
 Tensor Gelu(const Tensor& x) {
-  Tensor out = Tensor::Empty(x.shape(), x.dtype());
-  kernels::Gelu(CurrentStream(), out.view(), x.view());
-  return Record("gelu", out, {x}, {x}, [](GradContext& context) {
-    Tensor gradient = Overwritable(context.TakeGrad());
-    kernels::GeluBackward(CurrentStream(), gradient.view(), gradient.view(),
-                          context.Saved(0).view());
-    context.Give(0, std::move(gradient));
-  });
+  RecordOptions options;
+  options.recompute = [](const std::vector<Tensor>& in) {
+    Tensor out = Tensor::Empty(in[0].shape(), in[0].dtype());
+    kernels::Gelu(CurrentStream(), out.view(), in[0].view());
+    return out;
+  };
+  return Record(
+      "gelu", options.recompute({x}), {x}, {x},
+      [](GradContext& context) {
+        Tensor gradient = Overwritable(context.TakeGrad());
+        kernels::GeluBackward(CurrentStream(), gradient.view(), gradient.view(),
+                              context.Saved(0).view());
+        context.Give(0, std::move(gradient));
+      },
+      options);
 }
 
 Tensor Silu(const Tensor& x) {
-  Tensor out = Tensor::Empty(x.shape(), x.dtype());
-  kernels::Silu(CurrentStream(), out.view(), x.view());
-  return Record("silu", out, {x}, {x}, [](GradContext& context) {
-    Tensor gradient = Overwritable(context.TakeGrad());
-    kernels::SiluBackward(CurrentStream(), gradient.view(), gradient.view(),
-                          context.Saved(0).view());
-    context.Give(0, std::move(gradient));
-  });
+  RecordOptions options;
+  options.recompute = [](const std::vector<Tensor>& in) {
+    Tensor out = Tensor::Empty(in[0].shape(), in[0].dtype());
+    kernels::Silu(CurrentStream(), out.view(), in[0].view());
+    return out;
+  };
+  return Record(
+      "silu", options.recompute({x}), {x}, {x},
+      [](GradContext& context) {
+        Tensor gradient = Overwritable(context.TakeGrad());
+        kernels::SiluBackward(CurrentStream(), gradient.view(), gradient.view(),
+                              context.Saved(0).view());
+        context.Give(0, std::move(gradient));
+      },
+      options);
 }
 
 Tensor SwiGlu(const Tensor& gate, const Tensor& up) {
   CheckAlike("swiglu", gate, up);
-  Tensor out = Tensor::Empty(gate.shape(), gate.dtype());
-  kernels::SwiGlu(CurrentStream(), out.view(), gate.view(), up.view());
-  return Record("swiglu", out, {gate, up}, {gate, up}, [](GradContext& context) {
-    // The gradients take the places of what was kept, if nobody else reads it.
-    const Tensor gate = context.Saved(0), up = context.Saved(1);
-    const Tensor dgate = gate.exclusive() ? gate : Tensor::Empty(gate.shape(), gate.dtype());
-    const Tensor dup = up.exclusive() ? up : Tensor::Empty(up.shape(), up.dtype());
-    kernels::SwiGluBackward(CurrentStream(), dgate.view(), dup.view(), context.grad().view(),
-                            gate.view(), up.view());
-    context.Give(0, dgate);
-    context.Give(1, dup);
-  });
+  RecordOptions options;
+  options.recompute = [](const std::vector<Tensor>& in) {
+    Tensor out = Tensor::Empty(in[0].shape(), in[0].dtype());
+    kernels::SwiGlu(CurrentStream(), out.view(), in[0].view(), in[1].view());
+    return out;
+  };
+  return Record(
+      "swiglu", options.recompute({gate, up}), {gate, up}, {gate, up},
+      [](GradContext& context) {
+        // The gradients take the places of what was kept, if nobody else reads it.
+        const Tensor gate = context.Saved(0), up = context.Saved(1);
+        const Tensor dgate = gate.exclusive() ? gate : Tensor::Empty(gate.shape(), gate.dtype());
+        const Tensor dup = up.exclusive() ? up : Tensor::Empty(up.shape(), up.dtype());
+        kernels::SwiGluBackward(CurrentStream(), dgate.view(), dup.view(), context.grad().view(),
+                                gate.view(), up.view());
+        context.Give(0, dgate);
+        context.Give(1, dup);
+      },
+      options);
 }
 
 Tensor Cast(const Tensor& x, DType dtype) {

@@ -14,54 +14,79 @@ GradContext::Target SinkOrScrap(GradContext& context, int i, const Tensor& like)
   return {Tensor::Empty(like.shape(), like.dtype(), MemoryClass::kWorkspace), false};
 }
 
+Tensor Statistic(const Tensor& x, MemoryClass memory_class = MemoryClass::kActivations) {
+  return Tensor::Empty({Rows(x).dim(0)}, AccumulatorDType(x.dtype()), memory_class);
+}
+
+Tensor RmsNormTo(const Tensor& rstd, const Tensor& x, const Tensor& weight, double eps) {
+  Tensor out = Tensor::Empty(x.shape(), x.dtype());
+  kernels::RmsNorm(CurrentStream(), Rows(out).view(), rstd.view(), Rows(x).view(), weight.view(),
+                   eps);
+  return out;
+}
+
+Tensor LayerNormTo(const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& weight,
+                   const Tensor& bias, double eps) {
+  Tensor out = Tensor::Empty(x.shape(), x.dtype());
+  kernels::LayerNorm(CurrentStream(), Rows(out).view(), mean.view(), rstd.view(), Rows(x).view(),
+                     weight.view(), bias.view(), eps);
+  return out;
+}
+
 }  // namespace
 
 Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
   CheckWholeRows("rms_norm", x);
-  const Tensor rows = Rows(x);
-  Tensor out = Tensor::Empty(x.shape(), x.dtype());
-  Tensor rstd = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
-  kernels::RmsNorm(CurrentStream(), Rows(out).view(), rstd.view(), rows.view(), weight.view(), eps);
-  return Record("rms_norm", out, {x, weight}, {x, weight, rstd},
-                [](GradContext& context) {
-                  const Tensor x = context.Saved(0), weight = context.Saved(1),
-                               rstd = context.Saved(2);
-                  const auto dx = SinkOrScrap(context, 0, x);
-                  const auto dweight = SinkOrScrap(context, 1, weight);
-                  kernels::RmsNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
-                                           dweight.tensor.view(), dweight.accumulate,
-                                           Rows(context.grad()).view(), Rows(x).view(),
-                                           weight.view(), rstd.view());
-                },
-                {.split = false});
+  const Tensor rstd = Statistic(x);
+  RecordOptions options;
+  options.split = false;
+  options.recompute = [eps](const std::vector<Tensor>& in) {
+    return RmsNormTo(Statistic(in[0], MemoryClass::kWorkspace), in[0], in[1], eps);
+  };
+  const Tensor out = RmsNormTo(rstd, x, weight, eps);
+  return Record(
+      "rms_norm", out, {x, weight}, {x, weight, rstd},
+      [](GradContext& context) {
+        const Tensor x = context.Saved(0), weight = context.Saved(1), rstd = context.Saved(2);
+        const auto dx = SinkOrScrap(context, 0, x);
+        const auto dweight = SinkOrScrap(context, 1, weight);
+        kernels::RmsNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
+                                 dweight.tensor.view(), dweight.accumulate,
+                                 Rows(context.grad()).view(), Rows(x).view(), weight.view(),
+                                 rstd.view());
+      },
+      options);
 }
 
 Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   CheckWholeRows("layer_norm", x);
-  const Tensor rows = Rows(x);
-  Tensor out = Tensor::Empty(x.shape(), x.dtype());
-  Tensor mean = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
-  Tensor rstd = Tensor::Empty({rows.dim(0)}, AccumulatorDType(x.dtype()));
-  kernels::LayerNorm(CurrentStream(), Rows(out).view(), mean.view(), rstd.view(), rows.view(),
-                     weight.view(), bias.view(), eps);
-  return Record("layer_norm", out, {x, weight, bias}, {x, weight, mean, rstd},
-                [](GradContext& context) {
-                  const Tensor x = context.Saved(0), weight = context.Saved(1),
-                               mean = context.Saved(2), rstd = context.Saved(3);
-                  const auto dx = SinkOrScrap(context, 0, x);
-                  const auto dweight = SinkOrScrap(context, 1, weight);
-                  const auto dbias = SinkOrScrap(context, 2, weight);
-                  // The kernel has one flag for both; they differ only where one of the two is
-                  // frozen.
-                  const bool accumulate = dweight.accumulate || dbias.accumulate;
-                  if (accumulate && !dweight.accumulate) dweight.tensor.Fill(0);
-                  if (accumulate && !dbias.accumulate) dbias.tensor.Fill(0);
-                  kernels::LayerNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
-                                             dweight.tensor.view(), dbias.tensor.view(), accumulate,
-                                             Rows(context.grad()).view(), Rows(x).view(),
-                                             weight.view(), mean.view(), rstd.view());
-                },
-                {.split = false});
+  const Tensor mean = Statistic(x), rstd = Statistic(x);
+  RecordOptions options;
+  options.split = false;
+  options.recompute = [eps](const std::vector<Tensor>& in) {
+    const auto scrap = [&] { return Statistic(in[0], MemoryClass::kWorkspace); };
+    return LayerNormTo(scrap(), scrap(), in[0], in[1], in[2], eps);
+  };
+  const Tensor out = LayerNormTo(mean, rstd, x, weight, bias, eps);
+  return Record(
+      "layer_norm", out, {x, weight, bias}, {x, weight, mean, rstd},
+      [](GradContext& context) {
+        const Tensor x = context.Saved(0), weight = context.Saved(1), mean = context.Saved(2),
+                     rstd = context.Saved(3);
+        const auto dx = SinkOrScrap(context, 0, x);
+        const auto dweight = SinkOrScrap(context, 1, weight);
+        const auto dbias = SinkOrScrap(context, 2, weight);
+        // The kernel has one flag for both; they differ only where one of the two is
+        // frozen.
+        const bool accumulate = dweight.accumulate || dbias.accumulate;
+        if (accumulate && !dweight.accumulate) dweight.tensor.Fill(0);
+        if (accumulate && !dbias.accumulate) dbias.tensor.Fill(0);
+        kernels::LayerNormBackward(CurrentStream(), Rows(dx.tensor).view(), dx.accumulate,
+                                   dweight.tensor.view(), dbias.tensor.view(), accumulate,
+                                   Rows(context.grad()).view(), Rows(x).view(), weight.view(),
+                                   mean.view(), rstd.view());
+      },
+      options);
 }
 
 Tensor Softmax(const Tensor& x) {

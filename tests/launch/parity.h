@@ -33,7 +33,7 @@ struct Recipe {
   bool sequence_parallel = false;
   int shard_ranks = 0;
   std::string offload_dir = {};
-  bool recompute = false, partition_activations = false;
+  bool recompute = false, selective = false, partition_activations = false;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
@@ -113,7 +113,10 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.sequence.tokens = recipe.length;
   options.virtual_stages = recipe.virtual_stages;
   options.schedule = recipe.schedule;
-  options.recompute = recipe.recompute;
+  if (recipe.recompute || recipe.selective)
+    options.recompute.assign(
+        static_cast<size_t>(recipe.pp),
+        {recipe.recompute ? recipe.layers : 0, recipe.selective ? recipe.layers : 0});
   options.partition_activations = recipe.partition_activations;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;

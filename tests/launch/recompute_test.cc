@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "core/context.h"
+#include "launch/dry_run.h"
 #include "tests/launch/parity.h"
 
 namespace shoal {
@@ -46,6 +47,14 @@ TEST(Recompute, IsTheSameToTheBit) {
       EXPECT_TRUE(kept.outcome.losses == again.outcome.losses);
       EXPECT_TRUE(kept.outcome.parameters == again.outcome.parameters);
       EXPECT_LT(again.activations, 0.75 * static_cast<double>(kept.activations));
+      recipe.recompute = false;
+      recipe.selective = true;
+      const Result cheap = TrainOn(recipe, ranks, micro_batches);
+      EXPECT_TRUE(kept.outcome.losses == cheap.outcome.losses);
+      EXPECT_TRUE(kept.outcome.parameters == cheap.outcome.parameters);
+      // Where weights' gradients are computed later, what they need is alive at the peak.
+      EXPECT_LE(cheap.activations, kept.activations);
+      recipe.selective = false;
     };
     both(1, 1);
     recipe.zero_stage = 3;
@@ -59,18 +68,81 @@ TEST(Recompute, IsTheSameToTheBit) {
   }
 }
 
-// Per block: its input, attention's output and row statistics, 4 s b h + lse bytes in bf16; beside
-// them, what one block needs.
+// Bytes per block in bf16, of multi-head attention (h: d_model, f: mlp), beside what one block
+// needs while it is computed; row statistics of attention and norms are f32.
 TEST(Recompute, WhatIsKept) {
-  const auto peak = [](int layers) {
-    Recipe recipe = {.model = "llama", .dtype = DType::kBF16, .length = 16, .steps = 1};
-    recipe.layers = layers;
-    recipe.recompute = true;
-    return TrainOn(recipe, 1, 1).activations;
-  };
-  const ModelConfig c = Model({});
   const int64_t tokens = kSequences * 16;
-  EXPECT_EQ(peak(7) - peak(4), 3 * tokens * (4 * c.d_model + 4 * c.heads));
+  for (const char* model : {"llama", "gpt2"}) {
+    Recipe recipe = {.model = model, .dtype = DType::kBF16, .length = 16, .steps = 1};
+    const ModelConfig c = Model(recipe);
+    const auto per_block = [&] {
+      const auto peak = [&](int layers) {
+        recipe.layers = layers;
+        return TrainOn(recipe, 1, 1).activations;
+      };
+      EXPECT_EQ((peak(7) - peak(4)) % (3 * tokens), 0);
+      return (peak(7) - peak(4)) / (3 * tokens);
+    };
+    const bool llama = recipe.model == "llama";
+    const int64_t h = c.d_model, f = c.mlp, kv = 2 * c.kv_heads * c.head_dim;
+    const int64_t norms = llama ? 2 * 4 : 4 * 4, lse = 4 * c.heads;
+    // Block's input, norm, q, k, v, attention, residual, norm; the MLP's.
+    EXPECT_EQ(per_block(), 2 * (6 * h + kv) + (llama ? 6 : 4) * f + norms + lse);
+    recipe.selective = true;
+    EXPECT_EQ(per_block(), 2 * (4 * h + kv) + (llama ? 4 : 2) * f + norms + lse);
+    recipe.selective = false;
+    recipe.recompute = true;
+    EXPECT_EQ(per_block(), 4 * h + lse);
+  }
+}
+
+// `auto` fits the budget, and no choice that fits is cheaper; what a run takes is what was
+// foreseen.
+TEST(Recompute, AutoIsTheCheapestThatFits) {
+  Recipe recipe = {.model = "llama", .dtype = DType::kBF16, .length = 16, .steps = 1, .tp = 2};
+  recipe.layers = 6;
+  TrainingOptions options = Options(recipe);
+  options.mesh.dp = 1;
+  const PassShape pass = {kSequences, false};
+  const auto peak = [&](int full, int selective) {
+    options.recompute = {{full, selective}};
+    return std::max(DryRun(options, pass, 0).memory.peak_total,
+                    DryRun(options, pass, 1).memory.peak_total);
+  };
+  const int64_t most = peak(0, 0), least = peak(6, 0);
+  for (const double share : {1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0}) {
+    const int64_t budget = least + static_cast<int64_t>(share * static_cast<double>(most - least));
+    double cheapest = -1;
+    for (int full = 0; full <= 6; ++full) {
+      for (int selective = 0; full + selective <= 6; ++selective) {
+        const double cost = RecomputeCost(options, {full, selective});
+        if (peak(full, selective) <= budget && (cheapest < 0 || cost < cheapest)) cheapest = cost;
+      }
+    }
+    options.recompute.clear();
+    ChooseRecompute(&options, pass, budget);
+    EXPECT_EQ(RecomputeCost(options, options.recompute[0]), cheapest) << share;
+  }
+  options.recompute.clear();
+  ChooseRecompute(&options, pass, (most + least) / 2);
+  std::mutex mutex;
+  RunThreadRanks(2, 1, [&](Communicator& c) {
+    Train(recipe, c, 1, InOrder(), options);
+    const MemoryStats real = ExecutionContext::Current().allocator()->stats();
+    const MemoryStats planned = DryRun(options, pass, c.rank()).memory;
+    const std::lock_guard lock(mutex);
+    for (int i = 0; i < kMemoryClasses; ++i) {
+      if (static_cast<MemoryClass>(i) == MemoryClass::kWorkspace) continue;
+      EXPECT_EQ(real.peak[static_cast<size_t>(i)], planned.peak[static_cast<size_t>(i)]) << i;
+    }
+  });
+  options.recompute.clear();
+  try {
+    ChooseRecompute(&options, pass, least / 2);
+    FAIL() << "half of the least is no budget";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kConfig);
+  }
 }
 
 // ZeRO-R's Pa: of a block's input each of the tensor-parallel ranks keeps its part.
