@@ -24,29 +24,31 @@ struct AttentionOptions {
 // K, H]; strided in B, T/S and heads, last dimension contiguous. q_document i32 [B, T] and
 // k_document i32 [B, S] may both be absent ({}); present, a query sees only keys of its own
 // document. A row that sees no key gets out = 0 and lse = -inf.
-SHOAL_KERNEL(Attention,
-             (const Stream& stream, const View& out, const View& lse, const View& q, const View& k,
-              const View& v, const View& q_document, const View& k_document,
-              const AttentionOptions& options),
-             (stream, out, lse, q, k, v, q_document, k_document, options))
+SHOAL_KERNEL_WITH_SCRATCH(Attention,
+                          (const Stream& stream, const View& out, const View& lse, const View& q,
+                           const View& k, const View& v, const View& q_document,
+                           const View& k_document, const AttentionOptions& options),
+                          (stream, out, lse, q, k, v, q_document, k_document, options))
 
 // dq, dk, dv are written. Shapes as above; scores are recomputed from lse.
-SHOAL_KERNEL(AttentionBackward,
-             (const Stream& stream, const View& dq, const View& dk, const View& dv,
-              const View& dout, const View& q, const View& k, const View& v, const View& out,
-              const View& lse, const View& q_document, const View& k_document,
-              const AttentionOptions& options),
-             (stream, dq, dk, dv, dout, q, k, v, out, lse, q_document, k_document, options))
+SHOAL_KERNEL_WITH_SCRATCH(AttentionBackward,
+                          (const Stream& stream, const View& dq, const View& dk, const View& dv,
+                           const View& dout, const View& q, const View& k, const View& v,
+                           const View& out, const View& lse, const View& q_document,
+                           const View& k_document, const AttentionOptions& options),
+                          (stream, dq, dk, dv, dout, q, k, v, out, lse, q_document, k_document,
+                           options))
 
 // The same for a tile: dq, dk and dv are f32 (f64 for f64) and are added to. lse and delta [B, N,
 // T] must be those of the whole attention, over all keys that a query sees: with those of the tile
 // dq and dk would be wrong and dv right. They are f32 (f64 for f64).
-SHOAL_KERNEL(AttentionBackwardTile,
-             (const Stream& stream, const View& dq, const View& dk, const View& dv,
-              const View& dout, const View& q, const View& k, const View& v, const View& lse,
-              const View& delta, const View& q_document, const View& k_document,
-              const AttentionOptions& options),
-             (stream, dq, dk, dv, dout, q, k, v, lse, delta, q_document, k_document, options))
+SHOAL_KERNEL_WITH_SCRATCH(AttentionBackwardTile,
+                          (const Stream& stream, const View& dq, const View& dk, const View& dv,
+                           const View& dout, const View& q, const View& k, const View& v,
+                           const View& lse, const View& delta, const View& q_document,
+                           const View& k_document, const AttentionOptions& options),
+                          (stream, dq, dk, dv, dout, q, k, v, lse, delta, q_document, k_document,
+                           options))
 
 // delta [B, N, T] f32 (f64 for f64) = the sums of dout out over H. dout, out [B, T, N, H] of one
 // dtype, strided as q.

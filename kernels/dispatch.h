@@ -1,6 +1,9 @@
 // One declaration per kernel: SHOAL_KERNEL declares cpu::F and cuda::F and defines F, which picks
-// by the stream's device. On `meta` nothing runs. A build without CUDA never refers to cuda::F, so
-// no stubs are needed.
+// by the stream's device. A build without CUDA never refers to cuda::F, so no stubs are needed.
+//
+// On `meta` nothing is computed. A kernel whose cpu::F needs scratch is declared by
+// SHOAL_KERNEL_WITH_SCRATCH: there cpu::F obtains it, for it to be counted, and returns
+// (Stream::counting); it may look at no data.
 //
 // Conventions of every kernel header:
 //   - the stream comes first, then outputs, then inputs, then options;
@@ -15,7 +18,12 @@
 #include "core/base/stream.h"
 #include "core/base/view.h"
 
-#define SHOAL_KERNEL(F, PARAMETERS, ARGUMENTS)                                          \
+#define SHOAL_KERNEL(F, PARAMETERS, ARGUMENTS) \
+  SHOAL_KERNEL_ON_META(F, PARAMETERS, ARGUMENTS, (void)0)
+#define SHOAL_KERNEL_WITH_SCRATCH(F, PARAMETERS, ARGUMENTS) \
+  SHOAL_KERNEL_ON_META(F, PARAMETERS, ARGUMENTS, cpu::F ARGUMENTS)
+
+#define SHOAL_KERNEL_ON_META(F, PARAMETERS, ARGUMENTS, COUNT)                           \
   namespace cpu {                                                                       \
   void F PARAMETERS;                                                                    \
   }                                                                                     \
@@ -23,7 +31,7 @@
   void F PARAMETERS;                                                                    \
   }                                                                                     \
   inline void F PARAMETERS {                                                            \
-    if (stream.device.type == DeviceType::kMeta) return;                                \
+    if (stream.counting()) return COUNT;                                                \
     const KernelTimer timer(stream.profile, #F);                                        \
     if constexpr (kHaveCuda) {                                                          \
       if (stream.device.type == DeviceType::kCuda) return cuda::F ARGUMENTS;            \

@@ -17,9 +17,9 @@ SHOAL_KERNEL(Embedding, (const Stream& stream, const View& out, const View& tabl
 
 // dtable [V, D] = (accumulate ? dtable : 0) + rows of dout [M, D] added at ids, in order of M, in
 // Accumulator. dtable's dtype may differ from dout's. Rows at kElsewhere are left out.
-SHOAL_KERNEL(EmbeddingBackward,
-             (const Stream& stream, const View& dtable, bool accumulate, const View& dout,
-              const View& ids),
-             (stream, dtable, accumulate, dout, ids))
+SHOAL_KERNEL_WITH_SCRATCH(EmbeddingBackward,
+                          (const Stream& stream, const View& dtable, bool accumulate,
+                           const View& dout, const View& ids),
+                          (stream, dtable, accumulate, dout, ids))
 
 }  // namespace shoal::kernels

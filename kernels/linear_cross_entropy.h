@@ -29,10 +29,10 @@ struct LinearCrossEntropyOptions {
 // ignored. dx [M, D] and dw [V, D] may both be absent (evaluation). dw is added to if
 // accumulate_dw. Both may be f32 while x and w are bf16. With a share, dx is this rank's part of a
 // sum, and CUDA does not have it yet.
-SHOAL_KERNEL(LinearCrossEntropy,
-             (const Stream& stream, const View& losses, const View& dx, const View& dw,
-              bool accumulate_dw, const View& x, const View& w, const View& labels,
-              const LinearCrossEntropyOptions& options),
-             (stream, losses, dx, dw, accumulate_dw, x, w, labels, options))
+SHOAL_KERNEL_WITH_SCRATCH(LinearCrossEntropy,
+                          (const Stream& stream, const View& losses, const View& dx, const View& dw,
+                           bool accumulate_dw, const View& x, const View& w, const View& labels,
+                           const LinearCrossEntropyOptions& options),
+                          (stream, losses, dx, dw, accumulate_dw, x, w, labels, options))
 
 }  // namespace shoal::kernels

@@ -10,9 +10,9 @@ namespace shoal::kernels {
 // b. Strided: a and b need stride 1 in one of their last two dimensions, d in its last. d may be
 // wider than a and b (bf16 products into f32). bias may be absent ({}) and has d's or a's dtype.
 // beta is 0 or 1; with 0, d is not read.
-SHOAL_KERNEL(Matmul,
-             (const Stream& stream, const View& d, const View& a, const View& b, const View& bias,
-              double beta),
-             (stream, d, a, b, bias, beta))
+SHOAL_KERNEL_WITH_SCRATCH(Matmul,
+                          (const Stream& stream, const View& d, const View& a, const View& b,
+                           const View& bias, double beta),
+                          (stream, d, a, b, bias, beta))
 
 }  // namespace shoal::kernels

@@ -7,13 +7,16 @@
 namespace shoal::kernels {
 
 // out f64 [1] = sum of x (contiguous, any shape), accumulated in f64 per block.
-SHOAL_KERNEL(Sum, (const Stream& stream, const View& out, const View& x), (stream, out, x))
+SHOAL_KERNEL_WITH_SCRATCH(Sum, (const Stream& stream, const View& out, const View& x),
+                          (stream, out, x))
 
 // out f64 [1] = sum of x^2, accumulated in f64 per block.
-SHOAL_KERNEL(SumSquares, (const Stream& stream, const View& out, const View& x), (stream, out, x))
+SHOAL_KERNEL_WITH_SCRATCH(SumSquares, (const Stream& stream, const View& out, const View& x),
+                          (stream, out, x))
 
 // out [N] = (accumulate ? out : 0) + column sums of x [M, N]. out's dtype may differ from x's.
-SHOAL_KERNEL(SumRows, (const Stream& stream, const View& out, const View& x, bool accumulate),
-             (stream, out, x, accumulate))
+SHOAL_KERNEL_WITH_SCRATCH(SumRows,
+                          (const Stream& stream, const View& out, const View& x, bool accumulate),
+                          (stream, out, x, accumulate))
 
 }  // namespace shoal::kernels

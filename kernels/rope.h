@@ -8,9 +8,9 @@ namespace shoal::kernels {
 
 // out, x [B, T, N, H] (out may alias x; both strided in B, T, N with the last dimension
 // contiguous); positions i32 [B, T]. inverse turns back: it is the gradient.
-SHOAL_KERNEL(Rope,
-             (const Stream& stream, const View& out, const View& x, const View& positions,
-              double theta, bool inverse),
-             (stream, out, x, positions, theta, inverse))
+SHOAL_KERNEL_WITH_SCRATCH(Rope,
+                          (const Stream& stream, const View& out, const View& x,
+                           const View& positions, double theta, bool inverse),
+                          (stream, out, x, positions, theta, inverse))
 
 }  // namespace shoal::kernels

@@ -6,7 +6,8 @@
 namespace shoal::kernels {
 
 // out may alias x.
-SHOAL_KERNEL(Softmax, (const Stream& stream, const View& out, const View& x), (stream, out, x))
+SHOAL_KERNEL_WITH_SCRATCH(Softmax, (const Stream& stream, const View& out, const View& x),
+                          (stream, out, x))
 // dx = out (dy - sum(dy out)). dx may alias dy.
 SHOAL_KERNEL(SoftmaxBackward,
              (const Stream& stream, const View& dx, const View& dy, const View& out),

@@ -2,9 +2,11 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "core/base/thread_count.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
 #include "launch/plan.h"
@@ -77,6 +79,8 @@ int PlanCommand(const ConfigArguments& arguments, int ranks, bool json) {
       ResolveFrom(&config);
       // The corpus says how long an epoch is, and the vocabulary where the configuration does not.
       const OpenedData data = OpenData(&config);
+      // As ranks share the cores of this machine.
+      SetKernelThreads(std::max(1, KernelThreads() / ranks));
       plan = MakePlan(config, ranks);
       plan.steps_per_epoch = data.loader->train_sequences() / config.batch.sequences;
     });

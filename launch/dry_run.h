@@ -9,10 +9,11 @@
 
 namespace shoal {
 
-// One pass of a replica.
+// One pass of a replica, and how many threads a rank has: kernels take scratch for each.
 struct PassShape {
   int64_t sequences = 1;
   bool documents = false;
+  int threads = 1;
 };
 
 struct RankPlan {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "core/base/thread_count.h"
 #include "core/init.h"
 #include "launch/run_directory.h"
 
@@ -114,7 +115,7 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
 }
 
 PassShape PassOf(const Config& config, const BatchPlan& plan) {
-  return {plan.micro, config.data.documents};
+  return {plan.micro, config.data.documents, KernelThreads()};
 }
 
 int64_t MemoryOfRank(int ranks) {

@@ -58,6 +58,22 @@ void CheckSame(const Config& config, const std::string& fingerprint, Communicato
   }
 }
 
+// What backward runs again calls collectives, so ranks must have found the same.
+void CheckSameChoice(const TrainingOptions& options, Communicator& communicator) {
+  std::string choice;
+  for (const auto& [full, selective] : options.recompute)
+    choice += fmt::format("{} {};", full, selective);
+  const std::vector<std::string> all = communicator.AllGatherStrings(choice);
+  const auto other =
+      std::find_if(all.begin(), all.end(), [&](const auto& c) { return c != all[0]; });
+  if (other == all.end()) return;
+  SHOAL_FAIL(
+      ErrorKind::kConfig, "memory",
+      "ranks 0 and {} do not agree on what memory.recompute = \"auto\" recomputes: start all "
+      "ranks with the same number of threads (OMP_NUM_THREADS)",
+      other - all.begin());
+}
+
 [[noreturn]] void Diverged(const std::string& what) {
   SHOAL_FAIL(ErrorKind::kConfig, "train",
              "{}: the run has diverged and was not saved. Lower optim.lr, warm up longer, or set "
@@ -81,6 +97,7 @@ class Run {
     });
     // All ranks see all answers, so all find the same; told once.
     Agree(communicator_, [&] { CheckSame(config_, data_.fingerprint, communicator_); });
+    Agree(communicator_, [&] { CheckSameChoice(options_, communicator_); });
     const std::vector<std::string> hosts = communicator_.AllGatherStrings(communicator_.host());
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;

@@ -23,6 +23,9 @@ struct Stream {
   void* handle = nullptr;  // cudaStream_t
   ScratchSource* scratch = nullptr;
   KernelProfile* profile = nullptr;  // if set, kernels add their time
+
+  // Kernels obtain their scratch and compute nothing.
+  bool counting() const { return device.type == DeviceType::kMeta; }
 };
 
 // RAII over Stream::scratch. On CUDA the block may be reused by later kernels of the same stream.

@@ -67,6 +67,7 @@ void RunUnits(const Stream& stream, const std::vector<AttentionUnit>& units, int
   // Different pages for different threads, and not the same cache sets.
   const int64_t step = RoundUp(scratch_bytes, 4096) + 4096 + 64;
   const Scratch scratch(stream, static_cast<size_t>(step * threads));
+  if (stream.counting()) return;
   char* base = scratch.as<char>();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < count; ++i) run(units[i], base + step * omp_get_thread_num());
@@ -188,7 +189,7 @@ void AttentionBackward(const Stream& stream, const View& dq, const View& dk, con
   CheckHeads(op, "out", out, q.shape, q.dtype);
   const Scratch delta(stream, lse.bytes());
   a.delta = View(delta.as<void>(), lse.dtype, lse.shape);
-  AttentionDelta(stream, a.delta, dout, out);
+  if (!stream.counting()) AttentionDelta(stream, a.delta, dout, out);
   RunBackward(stream, a);
 }
 

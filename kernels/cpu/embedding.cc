@@ -67,12 +67,14 @@ namespace {
 
 HWY_EXPORT(EmbeddingBackwardImpl);
 
-void CheckIds(const char* op, const View& table, const View& rows, const View& ids) {
+void CheckIds(const char* op, const Stream& stream, const View& table, const View& rows,
+              const View& ids) {
   CheckRank(op, "table", table, 2);
   CheckArray(op, "table", table, table.shape, table.dtype);
   CheckRank(op, "ids", ids, 1);
   CheckArray(op, "ids", ids, ids.shape, DType::kI32);
   CheckArray(op, "the rows", rows, {ids.dim(0), table.dim(1)}, rows.dtype);
+  if (stream.counting()) return;
   const auto* id = ids.as<const int32_t>();
   for (int64_t i = 0; i < ids.dim(0); ++i) {
     if ((id[i] < 0 && id[i] != kElsewhere) || id[i] >= table.dim(0))
@@ -83,8 +85,8 @@ void CheckIds(const char* op, const View& table, const View& rows, const View& i
 
 }  // namespace
 
-void Embedding(const Stream&, const View& out, const View& table, const View& ids) {
-  CheckIds("Embedding", table, out, ids);
+void Embedding(const Stream& stream, const View& out, const View& table, const View& ids) {
+  CheckIds("Embedding", stream, table, out, ids);
   CheckDType("Embedding", "out", out, table.dtype);
   const int64_t bytes = table.dim(1) * static_cast<int64_t>(SizeOf(table.dtype));
   const auto* id = ids.as<const int32_t>();
@@ -102,11 +104,12 @@ void Embedding(const Stream&, const View& out, const View& table, const View& id
 
 void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate, const View& dout,
                        const View& ids) {
-  CheckIds("EmbeddingBackward", dtable, dout, ids);
+  CheckIds("EmbeddingBackward", stream, dtable, dout, ids);
   const int64_t count = ids.dim(0), rows = dtable.dim(0);
   SHOAL_CHECK(count < INT32_MAX, "EmbeddingBackward", "{} tokens in one call", count);
   // A counting sort of the tokens by id keeps their order within an id.
   Scratch scratch(stream, (rows + 1 + count) * sizeof(int32_t));
+  if (stream.counting()) return;
   int32_t* next = scratch.as<int32_t>();  // [rows + 1]: where the next token of a row goes
   int32_t* tokens = next + rows + 1;
   const auto* id = ids.as<const int32_t>();

@@ -207,17 +207,18 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const Scratch valid_memory(stream, sizeof(int32_t) * 2 * static_cast<size_t>(tokens));
   int32_t* valid = valid_memory.as<int32_t>();
   const VocabularyShare* share = options.share;
-  const int64_t count = FindValid(labels, share ? share->size : vocab, valid);
+  const bool counting = stream.counting();  // as if all tokens had a label
+  const int64_t count = counting ? tokens : FindValid(labels, share ? share->size : vocab, valid);
   const bool all = count == tokens;
   int32_t* valid_labels = valid + tokens;
   // Relative to the first row of w: labels that it does not have match no block.
   const auto first_row = static_cast<int32_t>(share ? share->first : 0);
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count && !counting; ++i)
     valid_labels[i] = labels.as<const int32_t>()[valid[i]] - first_row;
   if (!all) SetZero(losses);
-  if (dx && (!all || vocab == 0)) SetZero(dx);
+  if (dx && (!all || vocab == 0) && !counting) SetZero(dx);
   if (count == 0) {
-    if (dw && !accumulate_dw) SetZero(dw);
+    if (dw && !accumulate_dw && !counting) SetZero(dw);
     return;
   }
 
@@ -248,7 +249,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     View xc = all ? x.Narrow(0, begin, n) : View(x_memory.as<void>(), type, {n, depth});
     if (!all)
       for (int64_t r = 0; r < n; ++r) CopyRow(xc, r, x, valid[begin + r]);
-    std::fill(rows, rows + n, Row{});
+    if (!counting) std::fill(rows, rows + n, Row{});
     auto block_at = [&](int64_t b) {
       const int64_t first = b * width, columns = std::min(width, vocab - first);
       char* logits = logits_memory.as<char>() + (in_place ? bytes(sum_type, n, first) : 0);
@@ -263,10 +264,10 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
       const Block block = block_at(b);
       Matmul(stream, View(block.logits, sum_type, {n, block.width}), xc,
              w.Narrow(0, block.first, block.width).Transposed(), {}, 0);
-      HWY_DYNAMIC_DISPATCH(Pass1)(type, block, rows, block_max(b));
+      if (!counting) HWY_DYNAMIC_DISPATCH(Pass1)(type, block, rows, block_max(b));
     }
-    if (share) share->merge(&rows->max, n);
-    for (int64_t r = 0; r < n; ++r) {
+    if (share && !counting) share->merge(&rows->max, n);
+    for (int64_t r = 0; r < n && !counting; ++r) {
       const double loss = std::log(rows[r].sum) + (rows[r].max - rows[r].label_logit);
       const int64_t to = all ? begin + r : valid[begin + r];
       if (sum_type == DType::kF64)
@@ -282,14 +283,15 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     const bool add_dw = begin > 0 || (dw_direct && accumulate_dw);
     for (int64_t b = 0; b < blocks; ++b) {
       const Block block = block_at(b);
-      HWY_DYNAMIC_DISPATCH(Pass2)(type, block, rows, block_max(b), options.gradient_scale);
+      if (!counting)
+        HWY_DYNAMIC_DISPATCH(Pass2)(type, block, rows, block_max(b), options.gradient_scale);
       const View d(block.kept, type, {n, block.width});
       if (dx) Matmul(stream, dx_sum, d, w.Narrow(0, block.first, block.width), {}, b > 0 ? 1 : 0);
       if (dw)
         Matmul(stream, dw_sum.Narrow(0, block.first, block.width), d.Transposed(), xc, {},
                add_dw ? 1 : 0);
     }
-    if (!dx || dx_direct) continue;
+    if (!dx || dx_direct || counting) continue;
     View from = dx_sum;
     if (dx_type != dx.dtype) {
       from = all ? dx.Narrow(0, begin, n) : View(dx_narrow_memory.as<void>(), type, {n, depth});
@@ -299,7 +301,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     if (!all)
       for (int64_t r = 0; r < n; ++r) CopyRow(dx, valid[begin + r], from, r);
   }
-  if (dw && !dw_direct) {
+  if (dw && !dw_direct && !counting) {
     HWY_DYNAMIC_DISPATCH(Narrow)
     (dw.as<BF16>(), dw_memory.as<const float>(), vocab * depth, accumulate_dw);
   }

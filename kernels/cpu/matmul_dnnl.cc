@@ -232,6 +232,7 @@ void RunTeam(const Stream& stream, const Product& p, int threads) {
   Compiled* compiled = ThreadCache().Get(KeyOf(p, p.m, p.n, threads));
   compiled->ReserveSlots(1);
   const Scratch scratch(stream, compiled->scratch_bytes());
+  if (stream.counting()) return;
   const TeamSize team(threads);
   const dnnl_status_t status = compiled->Run(0, p.a, p.b, p.bias, p.d, scratch.as<void>());
   if (status != dnnl_success) FailRun(p, status);
@@ -279,6 +280,7 @@ void RunTiles(const Stream& stream, const Product& p, int threads) {
     }
   }
   const Scratch scratch(stream, scratch_bytes * static_cast<size_t>(threads));
+  if (stream.counting()) return;
   std::atomic<dnnl_status_t> failure{dnnl_success};
   auto run = [&](int64_t tile, int thread) {
     const int64_t j = tile % column_tiles, i = tile / column_tiles % row_tiles;
@@ -337,6 +339,7 @@ void RunConverted(const Stream& stream, const Product& p) {
   const int threads = KernelThreads();
   // Copies [outer, inner] with a unit stride inside.
   auto widen = [&](float* to, const BF16* from, int64_t outer, int64_t inner, int64_t step) {
+    if (stream.counting()) return;
 #pragma omp parallel for num_threads(threads) if (outer * inner > 65536)
     for (int64_t i = 0; i < outer; ++i)
       for (int64_t j = 0; j < inner; ++j)
@@ -350,7 +353,7 @@ void RunConverted(const Stream& stream, const Product& p) {
       const bool b_by_rows = p.b_column == 1;
       widen(b.as<float>(), b_from, b_by_rows ? p.k : nc, b_by_rows ? nc : p.k,
             b_by_rows ? p.b_row : p.b_column);
-      if (p.bias) {
+      if (p.bias && !stream.counting()) {
         const char* from = At(p.bias, n, p.bias_type);
         if (p.bias_type == DType::kBF16)
           widen(bias.as<float>(), reinterpret_cast<const BF16*>(from), 1, nc, 0);
@@ -383,7 +386,7 @@ void RunConverted(const Stream& stream, const Product& p) {
         f.d_row = direct ? p.d_row : nc;
         f.operand = f.result = f.bias_type = DType::kF32;
         RunDnnl(stream, f);
-        if (direct) continue;
+        if (direct || stream.counting()) continue;
 #pragma omp parallel for num_threads(threads) if (mc * nc > 65536)
         for (int64_t i = 0; i < mc; ++i)
           for (int64_t j = 0; j < nc; ++j)

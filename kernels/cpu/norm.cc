@@ -173,6 +173,7 @@ void NormBackward(const char* op, const Stream& stream, const View& dx, bool acc
   CheckArray(op, "dweight", dweight, weight.shape, dweight.dtype);
   const int64_t block = RowsPerBlock(x.dim(0)), blocks = (x.dim(0) + block - 1) / block;
   Scratch partial(stream, (mean ? 2 : 1) * blocks * x.dim(1) * SizeOf(AccumulatorDType(x.dtype)));
+  if (stream.counting()) return;
   HWY_DYNAMIC_DISPATCH(NormBackwardImpl)
   (dx, accumulate_dx, dweight, dbias, accumulate_dweight, dy, x, weight, mean, rstd, block,
    partial.as<void>());

@@ -91,6 +91,7 @@ void Rope(const Stream& stream, const View& out, const View& x, const View& posi
               "last strides {} of x and {} of out are not 1", x.strides[3], out.strides[3]);
   if (x.numel() == 0) return;
   Scratch scratch(stream, half * (1 + 2 * KernelThreads()) * sizeof(double));
+  if (stream.counting()) return;
   double* turns = scratch.as<double>();
   for (int64_t i = 0; i < half; ++i)
     turns[i] = std::pow(theta, -2.0 * i / width) / 6.283185307179586;

@@ -95,11 +95,8 @@ TEST_P(ProgramStarts, PlannedBytesAreMeasured) {
       EXPECT_EQ(bytes > 0, axis == "dp") << axis;
     }
   }
-  for (const auto& [name, bytes] : steps.back().peak_bytes) {
-    // Scratch inside kernels is not planned.
-    if (name == "workspace" || name == "peak") continue;
+  for (const auto& [name, bytes] : steps.back().peak_bytes)
     EXPECT_EQ(rank0["bytes"][name].get<int64_t>(), bytes) << name;
-  }
 }
 
 class ProgramContract : public ProgramTest {};
@@ -111,10 +108,8 @@ TEST_F(ProgramContract, PlannedBytesOfBf16) {
   const ordered_json plan = ordered_json::parse(ReadText(Path("run/plan.json")));
   const StepMetrics last = Metrics("run").back();
   EXPECT_EQ(plan["ranks"][0]["wire_bytes"]["dp"], last.wire_bytes[0].second);
-  for (const auto& [name, bytes] : last.peak_bytes) {
-    if (name == "workspace" || name == "peak") continue;
+  for (const auto& [name, bytes] : last.peak_bytes)
     EXPECT_EQ(plan["ranks"][0]["bytes"][name].get<int64_t>(), bytes) << name;
-  }
 }
 
 TEST_F(ProgramContract, RunDirectoryIsSelfContained) {

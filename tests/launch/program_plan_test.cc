@@ -1,0 +1,77 @@
+// What is known before a run: whether it fits, what would make it fit, and that `auto` keeps to its
+// budget.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "tests/launch/program.h"
+
+namespace shoal {
+namespace {
+
+using nlohmann::ordered_json;
+
+class ProgramPlan : public ProgramTest {
+ protected:
+  // So long that activations are most of it.
+  static Settings Long() {
+    return Settings().Set("model.layers", "6").Set("data.sequence_length", "64");
+  }
+  int64_t PlannedPeak(const std::vector<std::string>& more) {
+    std::vector<std::string> words = {"plan", "a.toml", "--json", "--ranks", "2"};
+    words.insert(words.end(), more.begin(), more.end());
+    const ordered_json plan = ordered_json::parse(Must(words).out);
+    int64_t peak = 0;
+    for (const ordered_json& rank : plan["ranks"])
+      peak = std::max(peak, rank["bytes"]["peak"].get<int64_t>());
+    return peak;
+  }
+};
+
+TEST_F(ProgramPlan, WhatDoesNotFitIsRefusedWithWhatWould) {
+  WriteText(Path("a.toml"), Long().Text());
+  const int64_t none = PlannedPeak({}), full = PlannedPeak({"memory.recompute=full"});
+  ASSERT_LT(full, none);
+  const std::string budget = "memory.budget=" + std::to_string(none - 1);
+  ExpectOneBlock(Run({"train", "a.toml", budget, "--local-ranks", "2"}), 2,
+                 {"rank 0 needs", "memory.budget is", "memory.recompute = \"full\"",
+                  "batch.micro = 1", "memory.overcommit = true"});
+  ExpectNoRun();
+  ExpectOneBlock(Run({"train", "a.toml", "memory.budget=1000", "--local-ranks", "2"}), 2,
+                 {"together come to", "use more ranks"});
+  ExpectNoRun();
+  // What it names fits, and who insists may start.
+  EXPECT_EQ(
+      Run({"train", "a.toml", budget, "memory.recompute=full", "run.dir=b", "--local-ranks", "2"})
+          .exit_code,
+      0);
+  EXPECT_EQ(
+      Run({"train", "a.toml", budget, "memory.overcommit=true", "--local-ranks", "2"}).exit_code,
+      0);
+}
+
+TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
+  WriteText(Path("a.toml"), Long().Text());
+  const int64_t none = PlannedPeak({}), full = PlannedPeak({"memory.recompute=full"});
+  ASSERT_EQ(Run({"train", "a.toml", "run.dir=all"}).exit_code, 0);
+  int n = 0;
+  for (const double share : {0.2, 0.6, 1.0}) {
+    const int64_t budget = full + static_cast<int64_t>(share * static_cast<double>(none - full));
+    const std::string run = "run" + std::to_string(n++);
+    const ProgramResult result =
+        Run({"train", "a.toml", "memory.recompute=auto", "memory.budget=" + std::to_string(budget),
+             "run.dir=" + run, "--local-ranks", "2"});
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    const auto peaks = Metrics(run).back().peak_bytes;
+    ASSERT_EQ(peaks.back().first, "peak");
+    EXPECT_LE(peaks.back().second, budget);
+    EXPECT_EQ(Metrics(run).size(), Metrics("all").size());
+    EXPECT_NEAR(Metrics(run).back().loss, Metrics("all").back().loss, 1e-10);
+  }
+  ExpectOneBlock(Run({"train", "a.toml", "memory.recompute=auto", "memory.budget=1000"}), 2,
+                 {"memory.recompute = \"auto\"", "with every block recomputed"});
+}
+
+}  // namespace
+}  // namespace shoal
