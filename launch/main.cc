@@ -171,7 +171,7 @@ class Program {
       eval_.json = json_;
       return EvalCommand(eval_, ranks_);
     });
-    c->add_option("path", eval_.path, "run directory or save")->required();
+    c->add_option("path", eval_.path, "run directory, save, or Hugging Face directory")->required();
     c->add_option("--data", eval_.data, "text or tokens; left out: what the run held out");
     c->add_option("--tokenizer", eval_.tokenizer, "left out: the run's");
     c->add_option("--sequence-length", eval_.sequence_length, "left out: the run's");
@@ -187,7 +187,8 @@ class Program {
       generate_.json = json_;
       return GenerateCommand(generate_, ranks_);
     });
-    c->add_option("path", generate_.path, "run directory or save")->required();
+    c->add_option("path", generate_.path, "run directory, save, or Hugging Face directory")
+        ->required();
     c->add_option("--prompt", generate_.prompt, "the text that it goes on from");
     c->add_option("--tokens", generate_.tokens, "at most so many")
         ->capture_default_str()
@@ -204,6 +205,7 @@ class Program {
         ->check(CLI::Range(0.0, 1.0));
     c->add_option("--seed", generate_.seed, "the same seed writes the same text")
         ->capture_default_str();
+    c->add_option("--tokenizer", generate_.tokenizer, "left out: the run's");
     c->add_option("--precision", generate_.precision, "fp32, bf16 or fp64; left out: the run's");
     c->add_option("--device", ranks_.device, "cpu or cuda")->capture_default_str();
     AddJson(c);

@@ -29,10 +29,15 @@ std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, cons
                                int64_t step, int64_t replica);
 
 // `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
-// `warn` each) or a save. Error(kStorage) with the reason if there is none.
+// `warn` each), a save, or a Hugging Face directory. Error(kStorage) with the reason if there is
+// none.
 std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);
 
-// A model to read from: its configuration as it was trained, and its weights in `compute`.
+// A configuration that says what a model of this shape is, and nothing of its training or data.
+Config WeightsConfig(const ModelConfig& shape, const std::string& tokenizer, DType dtype);
+
+// A model to read from, by what FindSave gave: its configuration as it was trained (data.path is
+// empty where only weights are known), and its weights in `compute`.
 struct LoadedModel {
   Config config;
   std::shared_ptr<LanguageModel> model;
