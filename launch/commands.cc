@@ -29,13 +29,11 @@ std::function<void(const std::string&)> WarnOnce(const Communicator& communicato
 
 std::optional<DType> Precision(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
-  Config config;
-  config.precision.compute = *name;
   if (*name != "fp32" && *name != "bf16" && *name != "fp64") {
     SHOAL_FAIL(ErrorKind::kConfig, "command line", "--precision {} is not fp32, bf16 or fp64",
                *name);
   }
-  return ComputeDType(config);
+  return ComputeDType(*name);
 }
 
 // `wanted`, or what the weights say.

@@ -211,7 +211,7 @@ DType HuggingFaceModel::dtype() const {
 std::string HuggingFaceModel::tokenizer() const {
   std::error_code ignored;
   const std::string path = directory_ + "/tokenizer.model";
-  return fs::exists(path, ignored) ? path : "bytes";
+  return fs::exists(path, ignored) ? fs::absolute(path).string() : "bytes";
 }
 
 int64_t HuggingFaceModel::Load(const StateDict& weights) const {

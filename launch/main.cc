@@ -7,6 +7,7 @@
 
 #include "core/base/build_config.h"
 #include "launch/bootstrap.h"
+#include "launch/checkpoint_commands.h"
 #include "launch/commands.h"
 #include "launch/config.h"
 #include "launch/console.h"
@@ -50,6 +51,7 @@ class Program {
     AddVerify();
     AddEval();
     AddGenerate();
+    AddCheckpoint();
     AddData();
     AddDoctor();
     AddReport();
@@ -210,6 +212,43 @@ class Program {
     c->add_option("--device", ranks_.device, "cpu or cuda")->capture_default_str();
     AddJson(c);
   }
+  void AddCheckpoint() {
+    CLI::App* ckpt =
+        app_.add_subcommand("ckpt", "look into saves; models from and to Hugging Face directories");
+    ckpt->require_subcommand(1);
+    const auto add = [&](const char* name, const char* what, std::function<int()> run) {
+      CLI::App* command = ckpt->add_subcommand(name, what);
+      command->callback([this, run = std::move(run)] { command_ = run; });
+      AddJson(command);
+      return command;
+    };
+    CLI::App* c = add("ls", "the saves of a run, newest first, and whether they are whole",
+                      [this] { return CkptLsCommand(path_, json_); });
+    c->add_option("run", path_, "run directory")->required();
+    c = add("verify", "every digest; 73 and the file and tensor if something is damaged",
+            [this] { return CkptVerifyCommand(path_, json_); });
+    c->add_option("path", path_, "run directory (all of its saves) or save")->required();
+    c = add("diff", "two saves tensor by tensor, of any layouts; 1 if they differ",
+            [this] { return CkptDiffCommand(path_, output_, json_); });
+    c->add_option("a", path_, "run directory (its newest save) or save")->required();
+    c->add_option("b", output_, "another")->required();
+    c = add("prune", "delete what is older than the newest whole saves",
+            [this] { return CkptPruneCommand(path_, keep_, json_); });
+    c->add_option("run", path_, "run directory")->required();
+    c->add_option("--keep", keep_, "so many whole saves")->required()->check(CLI::PositiveNumber);
+    c = add("export", "a Hugging Face directory from a save",
+            [this] { return CkptExportCommand(export_, json_); });
+    c->add_option("path", export_.path, "run directory (its newest save) or save")->required();
+    c->add_option("output", export_.out, "directory to make")->required();
+    c->add_option("--dtype", export_.dtype, "bf16, fp32 or fp64; left out: the run's precision")
+        ->check(CLI::IsMember({"bf16", "fp32", "fp64"}));
+    c->add_option("--tokenizer", export_.tokenizer, "bytes, or x.model; left out: the run's");
+    c->add_option("--shard-size", export_.shard_size, "of a file, at most")->capture_default_str();
+    c = add("import", "a save of step 0 from a Hugging Face directory",
+            [this] { return CkptImportCommand(path_, output_, json_); });
+    c->add_option("directory", path_, "Hugging Face directory")->required();
+    c->add_option("output", output_, "save to make")->required();
+  }
   void AddData() {
     CLI::App* data = app_.add_subcommand("data", "tokenize a corpus, or look into one");
     data->require_subcommand(1);
@@ -251,8 +290,9 @@ class Program {
   EvalOptions eval_;
   GenerateArguments generate_;
   BuildOptions build_;
+  CkptExportArguments export_;
   int plan_ranks_ = 1;
-  int64_t verify_steps_ = 10;
+  int64_t verify_steps_ = 10, keep_ = 1;
   bool json_ = false;
 };
 

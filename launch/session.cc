@@ -32,11 +32,13 @@ OpenedData OpenData(Config* config) {
   return data;
 }
 
-DType ComputeDType(const Config& config) {
-  if (config.precision.compute == "fp64") return DType::kF64;
-  if (config.precision.compute == "bf16") return DType::kBF16;
+DType ComputeDType(const std::string& precision) {
+  if (precision == "fp64") return DType::kF64;
+  if (precision == "bf16") return DType::kBF16;
   return DType::kF32;
 }
+
+DType ComputeDType(const Config& config) { return ComputeDType(config.precision.compute); }
 
 namespace {
 

@@ -21,7 +21,8 @@ struct OpenedData {
 // Opens data.path. What only the data can say (model.vocab) is filled into `config`.
 OpenedData OpenData(Config* config);
 
-DType ComputeDType(const Config& config);  // of precision.compute
+DType ComputeDType(const std::string& precision);  // as precision.compute names it
+DType ComputeDType(const Config& config);
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
 
 // What replica `replica` computes in step `step` (from 1), a batch per pass.
