@@ -66,22 +66,26 @@ std::vector<CheckedSave> CheckSaves(const std::string& run) {
   for (const SaveEntry& save : ListSaves(RunDirectory::Attach(run).checkpoints_path())) {
     checked.push_back(Check(save));
     // A run that goes on may have deleted it meanwhile.
-    if (!fs::exists(save.path)) checked.pop_back();
+    std::error_code ignored;
+    if (!fs::exists(save.path, ignored)) checked.pop_back();
   }
   return checked;
 }
 
 ordered_json ToJson(const CheckedSave& checked) {
-  return {{"step", checked.save.step},
+  const int64_t step = checked.save.step;
+  return {{"step", step < 0 ? ordered_json() : ordered_json(step)},
           {"path", checked.save.path},
           {"valid", checked.damage.empty()},
           {"bytes", checked.save.bytes}};
 }
 
 void Print(const std::vector<CheckedSave>& saves) {
-  for (const auto& [save, damage] : saves)
+  for (const auto& [save, damage] : saves) {
+    if (save.step < 0) continue;  // its error says all that is known of it
     fmt::print("step {:<10} {:<8} {:>12}  {}\n", save.step, damage.empty() ? "whole" : "damaged",
                ShortBytes(static_cast<double>(save.bytes)), save.path);
+  }
 }
 
 // One of two saves' tensors, where they differ.
@@ -189,15 +193,17 @@ int CkptLsCommand(const std::string& run, bool json) {
 
 int CkptVerifyCommand(const std::string& path, bool json) {
   return OnFirstRank([&] {
-    if (!fs::exists(path)) SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
+    std::error_code error;
+    if (!fs::exists(path, error))
+      SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
     std::vector<CheckedSave> saves;
-    if (fs::exists(path + "/config.toml")) {
+    if (fs::exists(path + "/config.toml", error)) {
       saves = CheckSaves(path);
     } else {
       // What cannot be read of it is said by the check.
       SaveEntry save = {path, -1, 0};
-      for (const auto& file : fs::directory_iterator(path))
-        save.bytes += static_cast<int64_t>(file.file_size());
+      for (const auto& file : fs::directory_iterator(path, error))
+        save.bytes += static_cast<int64_t>(file.file_size(error));
       saves.push_back(Check(save));
       if (saves[0].damage.empty()) saves[0].save.step = ReadSaveInfo(path).step;
     }
@@ -285,8 +291,9 @@ int CkptPruneCommand(const std::string& run, int64_t keep, bool json) {
       if (saves[kept].damage.empty()) ++whole;
     PruneSaves(locked.checkpoints_path(), static_cast<int64_t>(kept));
     ordered_json object = {{"kept", ordered_json::array()}, {"removed", ordered_json::array()}};
+    std::error_code ignored;
     for (const CheckedSave& save : saves)
-      object[fs::exists(save.save.path) ? "kept" : "removed"].push_back(save.save.path);
+      object[fs::exists(save.save.path, ignored) ? "kept" : "removed"].push_back(save.save.path);
     if (json) {
       std::cout << object.dump() << '\n';
       return 0;

@@ -40,8 +40,9 @@ std::optional<DType> Precision(const std::optional<std::string>& name) {
 void ChooseTokenizer(const std::optional<std::string>& wanted, const std::string& save,
                      const Communicator& communicator, Config* config) {
   if (wanted) config->data.tokenizer = *wanted;
+  std::error_code ignored;
   const bool unread = !wanted && config->data.tokenizer == "bytes" &&
-                      std::filesystem::exists(save + "/tokenizer.json");
+                      std::filesystem::exists(save + "/tokenizer.json", ignored);
   if (unread && communicator.rank() == 0)
     WriteToStandardError(fmt::format(
         "shoal: {}/tokenizer.json is of a kind that this version does not read: text becomes "
