@@ -167,81 +167,83 @@ class HeaderReader : public nlohmann::json_sax<json> {
   int64_t width_ = 0;
 };
 
-void ReadAt(const std::string& path, int file, int64_t at, int64_t bytes, void* data) {
-  for (int64_t done = 0; done < bytes;) {
-    const ssize_t n =
-        pread(file, static_cast<char*>(data) + done, static_cast<size_t>(bytes - done), at + done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) Fail(path, fmt::format("cannot be read: {}", std::strerror(errno)));
-    if (n == 0) Fail(path, "became shorter while it was being read");
-    done += n;
+// A regular file, open for reading.
+class Descriptor {
+ public:
+  // A pipe must not be waited for.
+  explicit Descriptor(const std::string& path)
+      : path_(path), file_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+    struct stat status;
+    if (file_ < 0) Fail(path, fmt::format("cannot be read: {}", std::strerror(errno)));
+    if (fstat(file_, &status) == 0 && S_ISREG(status.st_mode)) {
+      size_ = status.st_size;
+      return;
+    }
+    close(file_);
+    Fail(path, "is not a regular file");
   }
-}
+  ~Descriptor() { close(file_); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+
+  int64_t size() const { return size_; }
+  void ReadAt(int64_t at, int64_t bytes, void* data) const {
+    for (int64_t done = 0; done < bytes;) {
+      const ssize_t n = pread(file_, static_cast<char*>(data) + done,
+                              static_cast<size_t>(bytes - done), at + done);
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) Fail(path_, fmt::format("cannot be read: {}", std::strerror(errno)));
+      if (n == 0) Fail(path_, "became shorter while it was being read");
+      done += n;
+    }
+  }
+
+ private:
+  const std::string& path_;
+  int file_;
+  int64_t size_ = 0;
+};
 
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
-  // A pipe must not be waited for.
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (file < 0) Fail(path, fmt::format("cannot be read: {}", std::strerror(errno)));
-  const auto read = [&] {
-    struct stat status;
-    if (fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) Fail(path, "is not a regular file");
-    uint64_t length = 0;
-    if (status.st_size < static_cast<int64_t>(sizeof(length)))
-      Fail(path, fmt::format("is cut short: {} bytes hold no header", status.st_size));
-    unsigned char prefix[sizeof(length)];
-    ReadAt(path, file, 0, sizeof(prefix), prefix);
-    for (size_t i = 0; i < sizeof(prefix); ++i) length |= uint64_t{prefix[i]} << (8 * i);
-    const int64_t most = status.st_size - static_cast<int64_t>(sizeof(length));
-    if (length > static_cast<uint64_t>(std::min(most, kMaxHeader)))
-      Fail(path, fmt::format("is cut short, or no safetensors file: it says that its header has {} "
-                             "bytes, and could have {}",
-                             length, std::min(most, kMaxHeader)));
-    std::string header(static_cast<size_t>(length), '\0');
-    ReadAt(path, file, sizeof(length), static_cast<int64_t>(length), header.data());
-    data_begin_ = static_cast<int64_t>(sizeof(length) + length);
-    HeaderReader reader(&entries_);
-    if (!header.starts_with('{')) Fail(path, "the header is no JSON object");
-    if (!json::sax_parse(header, &reader)) Fail(path, reader.problem());
-    std::vector<const std::pair<const std::string, Entry>*> order;
-    for (const auto& named : entries_) order.push_back(&named);
-    std::ranges::sort(order, {}, [](const auto* named) {
-      return std::pair(named->second.begin, named->second.end);
-    });
-    int64_t at = 0;
-    for (const auto* named : order) {
-      const auto& [name, entry] = *named;
-      if (entry.begin != at)
-        Fail(path, fmt::format("tensor {} begins at byte {}, {} at {}", Shown(name), entry.begin,
-                               entry.begin < at ? "inside the one before, which ends"
-                                                : "behind a hole that begins",
-                               at));
-      at = entry.end;
-    }
-    if (data_begin_ + at != status.st_size)
-      Fail(path, fmt::format("{}: its tensors take {} bytes, and it has {}",
-                             data_begin_ + at > status.st_size ? "is cut short"
-                                                               : "goes on behind its tensors",
-                             at, status.st_size - data_begin_));
-  };
-  try {
-    read();
-  } catch (...) {
-    close(file);
-    throw;
+  const Descriptor file(path_);
+  size_ = file.size();
+  uint64_t length = 0;
+  unsigned char prefix[sizeof(length)];
+  const int64_t most = size_ - static_cast<int64_t>(sizeof(prefix));
+  if (most < 0) Fail(path, fmt::format("is cut short: {} bytes hold no header", size_));
+  file.ReadAt(0, sizeof(prefix), prefix);
+  for (size_t i = 0; i < sizeof(prefix); ++i) length |= uint64_t{prefix[i]} << (8 * i);
+  if (length > static_cast<uint64_t>(std::min(most, kMaxHeader)))
+    Fail(path, fmt::format("is cut short, or no safetensors file: it says that its header has {} "
+                           "bytes, and could have {}",
+                           length, std::min(most, kMaxHeader)));
+  std::string header(static_cast<size_t>(length), '\0');
+  file.ReadAt(sizeof(prefix), static_cast<int64_t>(length), header.data());
+  data_begin_ = static_cast<int64_t>(sizeof(prefix) + length);
+  HeaderReader reader(&entries_);
+  if (!header.starts_with('{')) Fail(path, "the header is no JSON object");
+  if (!json::sax_parse(header, &reader)) Fail(path, reader.problem());
+  std::vector<const std::pair<const std::string, Entry>*> order;
+  for (const auto& named : entries_) order.push_back(&named);
+  std::ranges::sort(order, {}, [](const auto* named) {
+    return std::pair(named->second.begin, named->second.end);
+  });
+  int64_t at = 0;
+  for (const auto* named : order) {
+    const auto& [name, entry] = *named;
+    if (entry.begin != at)
+      Fail(path, fmt::format("tensor {} begins at byte {}, {} at {}", Shown(name), entry.begin,
+                             entry.begin < at ? "inside the one before, which ends"
+                                              : "behind a hole that begins",
+                             at));
+    at = entry.end;
   }
-  file_ = file;
-}
-
-SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept
-    : path_(std::move(other.path_)),
-      file_(std::exchange(other.file_, -1)),
-      data_begin_(other.data_begin_),
-      entries_(std::move(other.entries_)) {}
-
-SafetensorsFile::~SafetensorsFile() {
-  if (file_ >= 0) close(file_);
+  const int64_t data = size_ - data_begin_;
+  if (at != data)
+    Fail(path, fmt::format("{}: its tensors take {} bytes, and it has {}",
+                           at > data ? "is cut short" : "goes on behind its tensors", at, data));
 }
 
 int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const Dims& shape,
@@ -259,6 +261,8 @@ int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const
   const auto width = static_cast<int64_t>(SizeOf(*entry.dtype));
   const int64_t bytes = shape.numel() * width;
   if (bytes == 0) return 0;
+  const Descriptor file(path_);
+  if (file.size() != size_) Fail(path_, "has changed since it was opened");
   // Dimensions below `outer` count runs; what is above lies in one piece.
   int outer = shape.rank();
   int64_t run = width;
@@ -277,8 +281,7 @@ int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const
       }
       at += index * strides[d];
     }
-    ReadAt(path_, file_, data_begin_ + entry.begin + at * width, run,
-           static_cast<char*>(data) + i * run);
+    file.ReadAt(data_begin_ + entry.begin + at * width, run, static_cast<char*>(data) + i * run);
   }
   return bytes;
 }

@@ -27,10 +27,9 @@ class SafetensorsFile {
 
   // Reads the header and checks all of it: afterwards every tensor lies in the file, and every byte
   // of the file in one tensor. Never takes more memory than a file of this size can ask for.
+  // The file is open only while it is read: a model may have more shards than a process may have
+  // files.
   explicit SafetensorsFile(const std::string& path);
-  ~SafetensorsFile();
-  SafetensorsFile(SafetensorsFile&&) noexcept;
-  SafetensorsFile& operator=(SafetensorsFile&&) = delete;
 
   const std::string& path() const { return path_; }
   const std::map<std::string, Entry>& entries() const { return entries_; }
@@ -40,8 +39,7 @@ class SafetensorsFile {
 
  private:
   std::string path_;
-  int file_ = -1;
-  int64_t data_begin_ = 0;  // in the file
+  int64_t data_begin_ = 0, size_ = 0;  // of the file
   std::map<std::string, Entry> entries_;
 };
 

@@ -92,8 +92,8 @@ std::pair<std::string, bool> TheirName(const Names& names, const std::string& ou
 
 bool IsHuggingFace(const std::string& path) {
   std::error_code ignored;
-  return fs::exists(fs::path(path) / "config.json", ignored) &&
-         !fs::exists(fs::path(path) / "config.toml", ignored);
+  const auto has = [&](const char* file) { return fs::exists(fs::path(path) / file, ignored); };
+  return has("config.json") && !has("config.toml") && !has("manifest.json");
 }
 
 Dims HuggingFaceTensor::shape() const {
@@ -176,6 +176,7 @@ HuggingFaceModel::HuggingFaceModel(const std::string& directory)
 void HuggingFaceModel::OpenFiles() {
   const std::string single = directory_ + "/model.safetensors", index = single + ".index.json";
   std::error_code ignored;
+  // As the published loader chooses where there are both.
   if (fs::exists(single, ignored)) {
     files_.emplace_back(single);
     return;

@@ -12,7 +12,7 @@
 
 namespace shoal {
 
-// True if `path` is such a directory, by its config.json; a run of ours has a config.toml.
+// True if `path` is such a directory, by its config.json, and no run or save of ours.
 bool IsHuggingFace(const std::string& path);
 
 // One of their tensors and what it is of ours: our parameters, one behind the other in the first

@@ -1,5 +1,5 @@
-// Models from and to Hugging Face directories, one tensor at a time: the largest tensor is all that
-// is held, whatever layout wrote the save.
+// Models from and to Hugging Face directories, tensor by tensor, whatever layout wrote the save:
+// the memory is that of some copies of the largest tensor, and never the model's.
 #pragma once
 
 #include <cstdint>

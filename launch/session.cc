@@ -159,7 +159,7 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
   } else {
     const SaveInfo info = ReadSaveInfo(save);
     loaded.config = ParseConfig(info.config, save + "/manifest.json");
-    if (info.data_fingerprint.empty()) {
+    if (info.data_fingerprint.empty()) {  // imported: what it says of data is made up
       loaded.config.data.path.clear();
       loaded.config.data.sequence_length = 0;
     }

@@ -185,6 +185,13 @@ TEST_F(ProgramCheckpoint, TrainingBeginsWithTheWeightsOnAnyMesh) {
       EXPECT_NEAR(got.second, expected.second, 1e-10 * expected.second);
     }
   }
+  // Where it came from may go: the run has all that it needs.
+  Must(
+      {"train", "a.toml", "model.from=gpt2_hf", "run.dir=on", "run.steps=2", "checkpoint.every=1"});
+  fs::remove_all(Path(SaveAt(2, "on")));
+  fs::remove_all(Path("gpt2_hf"));
+  Must({"resume", "on"});
+  EXPECT_EQ(SavedSteps("on"), (std::vector<int64_t>{1, 2}));
   ExpectOneBlock(Run({"train", "a.toml", "model.from=llama_hf", "model.heads=8", "run.dir=x"}), 2,
                  {"model.heads is 8", "but 4"});
   const std::string shard = json::parse(
