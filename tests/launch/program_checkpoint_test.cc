@@ -159,6 +159,34 @@ TEST_F(ProgramCheckpoint, AnExportIsTheRunToTheLastDigit) {
   EXPECT_FALSE(Exists("x"));
 }
 
+// A directory brings its tokenizer along, if it is one that we read.
+TEST_F(ProgramCheckpoint, TheTokenizerGoesWithTheModel) {
+  WriteText(Path("long.txt"), SomeText(60000));
+  const json built = json::parse(
+      Must({"data", "build", "long.txt", "ids.h5", "--train-vocab", "300", "--json"}).out);
+  const std::string tokenizer = built["tokenizer"];
+  Settings settings("corpus.txt");
+  settings.Set("data.tokenizer", '"' + tokenizer + '"');
+  ASSERT_EQ(Train(settings).exit_code, 0);
+  Must({"ckpt", "export", "run", "hf"});
+  EXPECT_TRUE(ReadText(Path("hf/tokenizer.model")) == ReadText(Path(tokenizer)));
+  EXPECT_TRUE(json::parse(ReadText(Path("hf/config.json")))["eos_token_id"].is_number());
+  const auto sample = [&](const std::string& path, const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"generate", path, "--tokens", "5", "--prompt", "the"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return Must(arguments);
+  };
+  const std::string expected = sample("run", {}).out;
+  EXPECT_EQ(sample("hf", {}).out, expected);
+  // Another kind is not passed over in silence.
+  fs::remove(Path("hf/tokenizer.model"));
+  WriteText(Path("hf/tokenizer.json"), "{}");
+  EXPECT_NE(sample("hf", {}).err.find("hf/tokenizer.json"), std::string::npos);
+  const ProgramResult named = sample("hf", {"--tokenizer", tokenizer});
+  EXPECT_EQ(named.out, expected);
+  EXPECT_EQ(named.err, "");
+}
+
 // Any mesh begins with the weights of a directory, and so with the same loss.
 TEST_F(ProgramCheckpoint, TrainingBeginsWithTheWeightsOnAnyMesh) {
   for (const std::string family : {"llama", "gpt2"}) {
