@@ -406,6 +406,20 @@ void VerifySave(const std::string& save) {
   }
 }
 
+std::vector<StoredTensor> ListTensors(const std::string& save) {
+  const json manifest = ReadManifest(save);
+  const std::string path = save + "/" + kManifest;
+  std::vector<StoredTensor> list;
+  try {
+    for (const auto& [name, stored] : manifest.at("tensors").items())
+      list.push_back(
+          {name, DTypeFromName(path, stored.at("dtype")), ToDims(path, name, stored.at("shape"))});
+  } catch (const json::exception& e) {
+    Fail(path, std::string("is damaged: ") + e.what());
+  }
+  return list;
+}
+
 void PruneSaves(const std::string& directory, int64_t keep) {
   const std::vector<SaveEntry> saves = ListSaves(directory);
   for (size_t i = static_cast<size_t>(std::max<int64_t>(keep, 1)); i < saves.size(); ++i) {

@@ -56,6 +56,14 @@ void LoadState(const std::string& save, const StateDict& state);
 // Every tensor of the save against its digest. Error(kStorage) as above.
 void VerifySave(const std::string& save);
 
+// What a save holds, by name.
+struct StoredTensor {
+  std::string name;  // as StateEntry::name
+  DType dtype = DType::kF32;
+  Dims shape;
+};
+std::vector<StoredTensor> ListTensors(const std::string& save);
+
 // Deletes the oldest saves until `keep` are left (at least one).
 void PruneSaves(const std::string& directory, int64_t keep);
 

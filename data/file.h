@@ -1,4 +1,4 @@
-// Files as bytes: reading with errors that name the file, and writing that is whole or absent.
+// Files as bytes: reading, with errors that name the file.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/base/atomic_file.h"
 #include "core/base/error.h"
 
 namespace shoal {
@@ -31,28 +32,6 @@ class FileBytes {
  private:
   std::shared_ptr<const char[]> data_;
   int64_t size_ = 0;
-};
-
-// Written under a temporary name; Commit makes it durable and gives it its own name. Destroyed
-// without Commit, it leaves nothing behind.
-class AtomicFile {
- public:
-  explicit AtomicFile(std::string path);
-  ~AtomicFile();
-  AtomicFile(const AtomicFile&) = delete;
-  AtomicFile& operator=(const AtomicFile&) = delete;
-
-  void Write(const void* data, size_t bytes);
-  void Flush();  // hands all to the file, so that it can be read by its temporary path
-  void Commit();
-  // For a library that writes by name; it must have closed the file before Commit.
-  const std::string& temporary_path() const { return temporary_; }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_, temporary_;
-  std::vector<char> buffer_;
-  int file_ = -1;
 };
 
 // The text files of `path`: itself, or all below it when it is a directory, sorted by their path

@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -30,13 +31,25 @@ std::function<void(const std::string&)> WarnOnce(const Communicator& communicato
 
 std::optional<DType> Precision(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
-  Config config;
-  config.precision.compute = *name;
   if (*name != "fp32" && *name != "bf16" && *name != "fp64") {
     SHOAL_FAIL(ErrorKind::kConfig, "command line", "--precision {} is not fp32, bf16 or fp64",
                *name);
   }
-  return ComputeDType(config);
+  return ComputeDType(*name);
+}
+
+// `wanted`, or what the weights say.
+void ChooseTokenizer(const std::optional<std::string>& wanted, const std::string& save,
+                     const Communicator& communicator, Config* config) {
+  if (wanted) config->data.tokenizer = *wanted;
+  std::error_code ignored;
+  const bool unread = !wanted && config->data.tokenizer == "bytes" &&
+                      std::filesystem::exists(save + "/tokenizer.json", ignored);
+  if (unread && communicator.rank() == 0)
+    WriteToStandardError(fmt::format(
+        "shoal: {}/tokenizer.json is of a kind that this version does not read: text becomes "
+        "bytes, unless --tokenizer names a SentencePiece model\n",
+        save));
 }
 
 double SumLoss(LanguageModel& model, const Batch& batch) {
@@ -116,10 +129,16 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
       loaded = LoadModel(save, Precision(options.precision));
       Config& config = loaded.config;
       if (options.sequence_length) config.data.sequence_length = *options.sequence_length;
-      if (options.tokenizer) config.data.tokenizer = *options.tokenizer;
+      ChooseTokenizer(options.tokenizer, save, communicator, &config);
       if (!options.data.empty()) {
         config.data.path = options.data;
         config.data.validation_fraction = 0;
+      }
+      if (config.data.path.empty() || config.data.sequence_length == 0) {
+        SHOAL_FAIL(ErrorKind::kConfig, "eval",
+                   "{} is weights alone, which say nothing of data: name some with --data PATH, "
+                   "and --sequence-length T",
+                   save);
       }
       if (*config.model.context < config.data.sequence_length && config.model.family == "gpt2") {
         SHOAL_FAIL(ErrorKind::kConfig, "eval",
@@ -159,8 +178,9 @@ int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run) {
     std::unique_ptr<Tokenizer> tokenizer;
     std::vector<int32_t> prompt;
     Agree(communicator, [&] {
-      loaded = LoadModel(FindSave(arguments.path, WarnOnce(communicator)),
-                         Precision(arguments.precision));
+      const std::string save = FindSave(arguments.path, WarnOnce(communicator));
+      loaded = LoadModel(save, Precision(arguments.precision));
+      ChooseTokenizer(arguments.tokenizer, save, communicator, &loaded.config);
       tokenizer = MakeTokenizer(loaded.config.data.tokenizer);
       prompt = tokenizer->Encode(arguments.prompt);
       // Without a prompt the text begins where a document ends.

@@ -25,7 +25,7 @@ int PlanCommand(const ConfigArguments& arguments, int ranks, bool json);
 int VerifyCommand(const ConfigArguments& arguments, int ranks, int64_t steps, bool json);
 
 struct EvalOptions {
-  std::string path;  // a run or a save
+  std::string path;  // a run, a save or a Hugging Face directory
   std::string data;  // empty: the validation split that the run held out
   std::optional<std::string> tokenizer;
   std::optional<int64_t> sequence_length;
@@ -43,7 +43,7 @@ struct GenerateArguments {
   int64_t top_k = 0;
   double top_p = 1;
   uint64_t seed = 0;
-  std::optional<std::string> precision;
+  std::optional<std::string> tokenizer, precision;
   bool json = false;
 };
 int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run);

@@ -157,6 +157,9 @@ std::string ConfigSummary(const Config& config, int64_t ranks, size_t columns = 
 // "a.b=v" with a bare key on the left: an override and not the name of a file.
 bool IsOverride(std::string_view argument);
 
+// "6GiB" -> bytes; no value if it is no such text or no whole positive number of bytes.
+std::optional<int64_t> ParseBytes(const std::string& text);
+
 // One line per key: name, type, range, default and meaning.
 std::string ConfigHelp();
 

@@ -15,30 +15,6 @@
 #include "launch/suggest.h"
 
 namespace shoal {
-namespace {
-
-constexpr size_t kMistakesShown = 10;
-
-std::string TypeName(const toml::node& node) {
-  switch (node.type()) {
-    case toml::node_type::string:
-      return "a string";
-    case toml::node_type::integer:
-      return "an integer";
-    case toml::node_type::floating_point:
-      return "a number with a point or an exponent";
-    case toml::node_type::boolean:
-      return "a boolean";
-    case toml::node_type::array:
-      return "an array";
-    case toml::node_type::table:
-      return "a table";
-    default:
-      return "a date or time";
-  }
-}
-
-// "6GiB" -> bytes; no value if it is no such text or no whole positive number of bytes.
 std::optional<int64_t> ParseBytes(const std::string& text) {
   static constexpr struct {
     const char* name;
@@ -67,6 +43,29 @@ std::optional<int64_t> ParseBytes(const std::string& text) {
       return static_cast<int64_t>(bytes);
     }
   return {};
+}
+
+namespace {
+
+constexpr size_t kMistakesShown = 10;
+
+std::string TypeName(const toml::node& node) {
+  switch (node.type()) {
+    case toml::node_type::string:
+      return "a string";
+    case toml::node_type::integer:
+      return "an integer";
+    case toml::node_type::floating_point:
+      return "a number with a point or an exponent";
+    case toml::node_type::boolean:
+      return "a boolean";
+    case toml::node_type::array:
+      return "an array";
+    case toml::node_type::table:
+      return "a table";
+    default:
+      return "a date or time";
+  }
 }
 
 // Puts a value into a field. Returns what is wrong with it, as the rest of a sentence that begins

@@ -7,6 +7,7 @@
 
 #include "core/base/build_config.h"
 #include "launch/bootstrap.h"
+#include "launch/checkpoint_commands.h"
 #include "launch/commands.h"
 #include "launch/config.h"
 #include "launch/console.h"
@@ -50,6 +51,7 @@ class Program {
     AddVerify();
     AddEval();
     AddGenerate();
+    AddCheckpoint();
     AddData();
     AddDoctor();
     AddReport();
@@ -171,7 +173,7 @@ class Program {
       eval_.json = json_;
       return EvalCommand(eval_, ranks_);
     });
-    c->add_option("path", eval_.path, "run directory or save")->required();
+    c->add_option("path", eval_.path, "run directory, save, or Hugging Face directory")->required();
     c->add_option("--data", eval_.data, "text or tokens; left out: what the run held out");
     c->add_option("--tokenizer", eval_.tokenizer, "left out: the run's");
     c->add_option("--sequence-length", eval_.sequence_length, "left out: the run's");
@@ -187,7 +189,8 @@ class Program {
       generate_.json = json_;
       return GenerateCommand(generate_, ranks_);
     });
-    c->add_option("path", generate_.path, "run directory or save")->required();
+    c->add_option("path", generate_.path, "run directory, save, or Hugging Face directory")
+        ->required();
     c->add_option("--prompt", generate_.prompt, "the text that it goes on from");
     c->add_option("--tokens", generate_.tokens, "at most so many")
         ->capture_default_str()
@@ -204,9 +207,47 @@ class Program {
         ->check(CLI::Range(0.0, 1.0));
     c->add_option("--seed", generate_.seed, "the same seed writes the same text")
         ->capture_default_str();
+    c->add_option("--tokenizer", generate_.tokenizer, "left out: the run's");
     c->add_option("--precision", generate_.precision, "fp32, bf16 or fp64; left out: the run's");
     c->add_option("--device", ranks_.device, "cpu or cuda")->capture_default_str();
     AddJson(c);
+  }
+  void AddCheckpoint() {
+    CLI::App* ckpt =
+        app_.add_subcommand("ckpt", "look into saves; models from and to Hugging Face directories");
+    ckpt->require_subcommand(1);
+    const auto add = [&](const char* name, const char* what, std::function<int()> run) {
+      CLI::App* command = ckpt->add_subcommand(name, what);
+      command->callback([this, run = std::move(run)] { command_ = run; });
+      AddJson(command);
+      return command;
+    };
+    CLI::App* c = add("ls", "the saves of a run, newest first, and whether they are whole",
+                      [this] { return CkptLsCommand(path_, json_); });
+    c->add_option("run", path_, "run directory")->required();
+    c = add("verify", "every digest; 73 and the file and tensor if something is damaged",
+            [this] { return CkptVerifyCommand(path_, json_); });
+    c->add_option("path", path_, "run directory (all of its saves) or save")->required();
+    c = add("diff", "two saves tensor by tensor, of any layouts; 1 if they differ",
+            [this] { return CkptDiffCommand(path_, output_, json_); });
+    c->add_option("a", path_, "run directory (its newest save) or save")->required();
+    c->add_option("b", output_, "another")->required();
+    c = add("prune", "delete what is older than the newest whole saves",
+            [this] { return CkptPruneCommand(path_, keep_, json_); });
+    c->add_option("run", path_, "run directory")->required();
+    c->add_option("--keep", keep_, "so many whole saves")->required()->check(CLI::PositiveNumber);
+    c = add("export", "a Hugging Face directory from a save",
+            [this] { return CkptExportCommand(export_, json_); });
+    c->add_option("path", export_.path, "run directory (its newest save) or save")->required();
+    c->add_option("output", export_.out, "directory to make")->required();
+    c->add_option("--dtype", export_.dtype, "bf16, fp32 or fp64; left out: the run's precision")
+        ->check(CLI::IsMember({"bf16", "fp32", "fp64"}));
+    c->add_option("--tokenizer", export_.tokenizer, "bytes, or x.model; left out: the run's");
+    c->add_option("--shard-size", export_.shard_size, "of a file, at most")->capture_default_str();
+    c = add("import", "a save of step 0 from a Hugging Face directory",
+            [this] { return CkptImportCommand(path_, output_, json_); });
+    c->add_option("directory", path_, "Hugging Face directory")->required();
+    c->add_option("output", output_, "save to make")->required();
   }
   void AddData() {
     CLI::App* data = app_.add_subcommand("data", "tokenize a corpus, or look into one");
@@ -249,8 +290,9 @@ class Program {
   EvalOptions eval_;
   GenerateArguments generate_;
   BuildOptions build_;
+  CkptExportArguments export_;
   int plan_ranks_ = 1;
-  int64_t verify_steps_ = 10;
+  int64_t verify_steps_ = 10, keep_ = 1;
   bool json_ = false;
 };
 

@@ -14,8 +14,8 @@
 #include <utility>
 
 #include "checkpoint/store.h"
+#include "core/base/atomic_file.h"
 #include "core/base/error.h"
-#include "data/file.h"
 
 namespace shoal {
 namespace {
@@ -35,13 +35,6 @@ void WriteFile(const std::string& path, std::string_view text) {
   AtomicFile file(path);
   file.Write(text.data(), text.size());
   file.Commit();
-}
-
-void SyncDirectory(const fs::path& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (file < 0) return;
-  fsync(file);  // a file system that cannot sync a directory has made its own promise
-  close(file);
 }
 
 // The descriptor that holds the lock, or -1 if another process has it.

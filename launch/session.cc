@@ -7,6 +7,7 @@
 
 #include "core/base/thread_count.h"
 #include "core/init.h"
+#include "launch/hugging_face.h"
 #include "launch/run_directory.h"
 
 namespace shoal {
@@ -34,11 +35,13 @@ OpenedData OpenData(Config* config) {
   return data;
 }
 
-DType ComputeDType(const Config& config) {
-  if (config.precision.compute == "fp64") return DType::kF64;
-  if (config.precision.compute == "bf16") return DType::kBF16;
+DType ComputeDType(const std::string& precision) {
+  if (precision == "fp64") return DType::kF64;
+  if (precision == "bf16") return DType::kBF16;
   return DType::kF32;
 }
+
+DType ComputeDType(const Config& config) { return ComputeDType(config.precision.compute); }
 
 namespace {
 
@@ -138,11 +141,7 @@ std::string FindSave(const std::string& path, const std::function<void(const std
     return path;
   }
   if (!fs::exists(path)) SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
-  if (fs::exists(fs::path(path) / "config.json")) {
-    SHOAL_FAIL(ErrorKind::kConfig, "checkpoint",
-               "{}: this version reads runs and saves of its own, not Hugging Face directories",
-               path);
-  }
+  if (IsHuggingFace(path)) return path;
   const std::string directory = RunDirectory::Attach(path).checkpoints_path();
   const std::vector<SaveEntry> saves = ListSaves(directory);
   for (const SaveEntry& save : saves) {
@@ -158,13 +157,41 @@ std::string FindSave(const std::string& path, const std::function<void(const std
              saves.empty() ? ": the run ended before its first" : ": all are damaged");
 }
 
+Config WeightsConfig(const ModelConfig& shape, const std::string& tokenizer, DType dtype) {
+  Config config;
+  config.model.from = "";
+  ResolveModelFrom(&config, shape);
+  config.model.from.reset();
+  config.data.tokenizer = tokenizer;
+  // There is no compute in f16.
+  if (dtype == DType::kF64) config.precision.compute = "fp64";
+  if (dtype == DType::kBF16) config.precision.compute = "bf16";
+  return config;
+}
+
 LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
   LoadedModel loaded;
-  loaded.config = ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json");
+  std::optional<HuggingFaceModel> theirs;
+  if (IsHuggingFace(save)) {
+    theirs.emplace(save);
+    loaded.config = WeightsConfig(theirs->config(), theirs->tokenizer(), theirs->dtype());
+  } else {
+    const SaveInfo info = ReadSaveInfo(save);
+    loaded.config = ParseConfig(info.config, save + "/manifest.json");
+    if (info.data_fingerprint.empty()) {  // imported: what it says of data is made up
+      loaded.config.data.path.clear();
+      loaded.config.data.sequence_length = 0;
+    }
+  }
   loaded.model = BuildModel(ModelShape(loaded.config));
   for (const auto& p : loaded.model->Parameters())
     p->Materialize(compute.value_or(ComputeDType(loaded.config)));
-  LoadState(save, ModelState(*loaded.model));
+  const StateDict weights = ModelState(*loaded.model);
+  if (theirs) {
+    theirs->Load(weights);
+  } else {
+    LoadState(save, weights);
+  }
   return loaded;
 }
 
@@ -172,15 +199,20 @@ void ResolveFrom(Config* config) {
   if (!config->model.from) return;
   const std::string save = FindSave(*config->model.from, [](const std::string&) {});
   config->model.from = save;
-  ResolveModelFrom(config,
-                   ModelShape(ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json")));
+  ResolveModelFrom(config, IsHuggingFace(save) ? HuggingFaceModel(save).config()
+                                               : ModelShape(ParseConfig(ReadSaveInfo(save).config,
+                                                                        save + "/manifest.json")));
 }
 
 void LoadWeights(const Config& config, TrainingStep& step) {
   if (!config.model.from) return;
   StateDict weights = step.State();
   std::erase_if(weights, [](const StateEntry& e) { return !e.name.starts_with("model/"); });
-  LoadState(*config.model.from, weights);
+  if (IsHuggingFace(*config.model.from)) {
+    HuggingFaceModel(*config.model.from).Load(weights);
+  } else {
+    LoadState(*config.model.from, weights);
+  }
 }
 
 Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,

@@ -21,7 +21,8 @@ struct OpenedData {
 // Opens data.path. What only the data can say (model.vocab) is filled into `config`.
 OpenedData OpenData(Config* config);
 
-DType ComputeDType(const Config& config);  // of precision.compute
+DType ComputeDType(const std::string& precision);  // as precision.compute names it
+DType ComputeDType(const Config& config);
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
 // By a rank with as many threads as the caller.
 PassShape PassOf(const Config& config, const BatchPlan& plan);
@@ -33,10 +34,15 @@ std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, cons
                                int64_t step, int64_t replica);
 
 // `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
-// `warn` each) or a save. Error(kStorage) with the reason if there is none.
+// `warn` each), a save, or a Hugging Face directory. Error(kStorage) with the reason if there is
+// none.
 std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);
 
-// A model to read from: its configuration as it was trained, and its weights in `compute`.
+// A configuration that says what a model of this shape is, and nothing of its training or data.
+Config WeightsConfig(const ModelConfig& shape, const std::string& tokenizer, DType dtype);
+
+// A model to read from, by what FindSave gave: its configuration as it was trained (data.path is
+// empty where only weights are known), and its weights in `compute`.
 struct LoadedModel {
   Config config;
   std::shared_ptr<LanguageModel> model;

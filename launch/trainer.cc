@@ -91,7 +91,8 @@ class Run {
     Agree(communicator_, [&] {
       CheckSupported(config_);
       plan_ = CheckBatch(config_, communicator_.size());
-      ResolveFrom(&config_);
+      // A run that goes on knows its shape, and the weights it began with may be gone.
+      if (done_ == 0) ResolveFrom(&config_);
       data_ = OpenData(&config_);
       options_ = MakeTrainingOptions(config_, plan_);
     });
