@@ -104,7 +104,7 @@ struct MemoryConfig {
   std::string recompute = "none";
   std::optional<int64_t> budget;  // bytes
   bool overcommit = false;
-  bool offload_activations = false;
+  std::string offload_activations = "none";
   bool partition_activations = false;
   bool operator==(const MemoryConfig&) const = default;
 };

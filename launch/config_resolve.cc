@@ -233,7 +233,6 @@ void CheckSupported(const Config& config) {
   };
   later(config.sequence.schedule == "hybrid", "sequence.schedule = \"hybrid\"");
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
-  later(config.memory.offload_activations, "memory.offload_activations = true");
   later(config.method.name != "full", fmt::format("method.name = \"{}\"", config.method.name));
   later(config.checkpoint.async, "checkpoint.async = true");
 }

@@ -143,7 +143,8 @@ std::vector<ConfigKey> BuildSchema() {
           .LeftOut("all data-parallel ranks"),
       KEY(zero, bucket, "gradients that are exchanged at once, below stage 3").Bytes(),
       KEY(zero, offload, "where optimizer states live").OneOf({"none", "host", "file"}),
-      KEY(zero, offload_dir, "folder of the file, which has no name there")
+      KEY(zero, offload_dir,
+          "folder of the files for states and activations, which have no name there")
           .LeftOut("the disk of run.dir"),
 
       KEY(pipeline, schedule, "order of the passes, or a file that holds one")
@@ -173,7 +174,8 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(memory, overcommit, "start even if the plan's peak is more than there is"),
       KEY(memory, partition_activations,
           "tensor-parallel ranks keep parts of what all of them would keep"),
-      KEY(memory, offload_activations, "keep activations on the host between the passes"),
+      KEY(memory, offload_activations, "where what backward needs lives between the passes")
+          .OneOf({"none", "host", "file"}),
 
       KEY(method, name, "which weights are trained, and how")
           .OneOf({"full", "lora", "sltrain", "peqa", "l4q"}),

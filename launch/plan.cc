@@ -110,17 +110,20 @@ void CheckFits(const Plan& plan, const Config& config) {
     for (int64_t stage = config.zero.stage + 1; stage <= 3; ++stage)
       try_one([stage](Config& c) { c.zero.stage = stage; }, fmt::format("zero.stage = {}", stage));
   if (plan.batch.micro > 1) try_one([](Config& c) { c.batch.micro = 1; }, "batch.micro = 1");
+  if (config.memory.offload_activations != "file")
+    try_one([](Config& c) { c.memory.offload_activations = "file"; },
+            "memory.offload_activations = \"file\"");
   if (config.zero.offload != "file")
     try_one([](Config& c) { c.zero.offload = "file"; }, "zero.offload = \"file\"");
   if (fitting.empty()) {
     with(all, "all of them");
     fitting = fitting.empty() ? fmt::format(
-                                    "recomputation, sharding, batch.micro 1 and states in a file "
+                                    "recomputation, sharding, batch.micro 1 and files "
                                     "together come to {:.1f} MB: use more ranks (mesh.tp, mesh.pp, "
                                     "mesh.cp) or a smaller model",
                                     Mega(least))
                               : fmt::format(
-                                    "recomputation, sharding, batch.micro 1 and states in a file "
+                                    "recomputation, sharding, batch.micro 1 and files "
                                     "together fit ({:.1f} MB)",
                                     Mega(least));
   } else {

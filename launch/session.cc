@@ -88,8 +88,9 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.bucket_bytes = config.zero.bucket;
   // A CPU rank's states are in the host's memory as they are. A file has no name: it need not lie
   // in run.dir, which is made last.
-  if (config.zero.offload == "file")
-    options.offload_dir = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
+  const std::string files = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
+  if (config.zero.offload == "file") options.offload_dir = files;
+  if (config.memory.offload_activations == "file") options.activations_dir = files;
   const auto layers = static_cast<int>(options.model.layers);
   if (config.memory.recompute == "full" || config.memory.recompute == "selective") {
     const bool full = config.memory.recompute == "full";

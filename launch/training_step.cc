@@ -12,6 +12,7 @@
 #include "core/base/mutation.h"
 #include "core/init.h"
 #include "kernels/reduce.h"
+#include "memory/offload_activations.h"
 #include "memory/recompute.h"
 #include "optim/clip.h"
 #include "parallel/partitioned_activations.h"
@@ -91,6 +92,9 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     sequence_->set_profile(profile_);
   }
   TieHead();
+  if (!options.activations_dir.empty())
+    offload_ =
+        OffloadActivations(std::make_shared<MappedFile>(options.activations_dir, "activations"));
   if (!options.recompute.empty()) {
     const auto [full, selective] =
         options.recompute[static_cast<size_t>(mesh_.coordinate(MeshAxis::kPp))];
@@ -221,9 +225,11 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   info.training = training;
   tokens_ = batch.count * batch.length;
   begin_(tokens_);
-  std::optional<SavedTensorScope> partitioned;
+  std::optional<SavedTensorScope> kept;
   if (options_.partition_activations && training)
-    partitioned.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp)));
+    kept.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp), offload_));
+  else if (offload_.pack && training)
+    kept.emplace(offload_);
   Tensor x = in;
   const auto [begin, end] = segments_[static_cast<size_t>(chunk)];
   for (int s = begin; s < end; ++s) {

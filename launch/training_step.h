@@ -27,7 +27,8 @@ struct TrainingOptions {
   int zero_stage = 0;
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
-  std::string offload_dir;
+  std::string offload_dir;      // of the optimizer's states; empty: they are in memory
+  std::string activations_dir;  // of activations between forward and backward; the same
   // How backward gets the activations of this many of a rank's blocks, from its first.
   struct Recompute {
     int full = 0, selective = 0;
@@ -115,6 +116,7 @@ class TrainingStep {
   int64_t tokens_ = 0;                       // of the forward that began last
   std::unique_ptr<Communicator> tied_;       // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
+  SavedTensorHooks offload_;  // of activations; none: they stay
   std::unique_ptr<ZeroOptimizer> optimizer_;
 };
 

@@ -9,7 +9,8 @@
 namespace shoal {
 
 // Hooks for the forwards of ranks of `group`, which lies along a mesh axis and must outlive the
-// graph. Tensors that differ between the ranks (core/placement.h) are kept as they are.
-SavedTensorHooks PartitionActivations(Communicator& group);
+// graph. Tensors that differ between the ranks (core/placement.h) are kept as they are. `inner`, if
+// given, keeps the parts and those: in a file, say (ZeRO-R's Pa to the host).
+SavedTensorHooks PartitionActivations(Communicator& group, SavedTensorHooks inner = {});
 
 }  // namespace shoal

@@ -64,7 +64,8 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       rule_(MakeUpdateRule(options.rule)),
       parameters_(model.Parameters()),
       modules_(units.size()) {
-  if (!options_.offload_dir.empty()) file_ = std::make_unique<StateFile>(options_.offload_dir);
+  if (!options_.offload_dir.empty())
+    file_ = std::make_unique<MappedFile>(options_.offload_dir, "the optimizer's states");
   for (const auto& p : parameters_) {
     number_.emplace(p.get(), std::ssize(number_));
     if (!p->requires_grad()) continue;

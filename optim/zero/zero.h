@@ -14,7 +14,7 @@
 // the gradient is also all-reduced over its replicas, once per step; stage 0 is groups of one.
 //
 // Optimizer states may lie in a file (ZeRO-Infinity, Rajbhandari et al., arXiv 2104.07857): see
-// state_file.h.
+// core/mapped_file.h.
 #pragma once
 
 #include <deque>
@@ -25,9 +25,9 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/mapped_file.h"
 #include "core/module.h"
 #include "optim/update_rule.h"
-#include "optim/zero/state_file.h"
 #include "parallel/comm_queue.h"
 #include "parallel/mesh.h"
 
@@ -157,7 +157,7 @@ class ZeroOptimizer {
   std::unique_ptr<Communicator> shard_, replicas_;  // the queue's, while it works
   CommQueue queue_;
   std::unique_ptr<UpdateRule> rule_;
-  std::unique_ptr<StateFile> file_;  // null: states are in memory
+  std::unique_ptr<MappedFile> file_;  // null: states are in memory
   std::vector<std::shared_ptr<Parameter>> parameters_;
   std::unordered_map<const Parameter*, int64_t> number_;  // in parameters_
   std::deque<Bucket> buckets_;  // in the order in which backward completes them, within a pass

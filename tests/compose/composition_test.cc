@@ -74,6 +74,7 @@ const std::vector<Feature>& Features() {
          Zero(c, 2);
        }},
       {"offload", [](Cell& c) { c.recipe.offload_dir = ::testing::TempDir(); }},
+      {"activations in a file", [](Cell& c) { c.recipe.activations_dir = ::testing::TempDir(); }},
       {"recompute", [](Cell& c) { c.recipe.recompute = true; }},
       {"selective recompute", [](Cell& c) { c.recipe.selective = true; }},
       {"accumulation", [](Cell& c) { c.micro_batches = 3; }},
@@ -167,8 +168,7 @@ TEST(Composition, IsAsDocumented) {
          "Refused by this version\n\n"
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
-  for (const char* setting : {"mesh.ep=2", "memory.offload_activations=true",
-                              "method.name=\"lora\"", "checkpoint.async=true"}) {
+  for (const char* setting : {"mesh.ep=2", "method.name=\"lora\"", "checkpoint.async=true"}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";

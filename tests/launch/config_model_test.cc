@@ -139,8 +139,7 @@ TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
 TEST(ConfigSupported, NamesTheKey) {
   EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
   for (const char* text :
-       {"mesh.ep=2", "sequence.schedule=hybrid", "memory.offload_activations=true",
-        "method.name=lora", "checkpoint.async=true"}) {
+       {"mesh.ep=2", "sequence.schedule=hybrid", "method.name=lora", "checkpoint.async=true"}) {
     const Config c = Minimal({text});
     const std::string key = std::string(text).substr(0, std::string(text).find('='));
     EXPECT_THAT(Mistake([&] { CheckSupported(c); }), HasSubstr(key));

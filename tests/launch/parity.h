@@ -32,7 +32,7 @@ struct Recipe {
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
   int shard_ranks = 0;
-  std::string offload_dir = {};
+  std::string offload_dir = {}, activations_dir = {};
   bool recompute = false, selective = false, partition_activations = false;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
@@ -123,6 +123,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.sequence_parallel = recipe.sequence_parallel;
   options.shard_ranks = recipe.shard_ranks;
   options.offload_dir = recipe.offload_dir;
+  options.activations_dir = recipe.activations_dir;
   return options;
 }
 

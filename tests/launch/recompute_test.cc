@@ -169,6 +169,36 @@ TEST(PartitionedActivations, TakeLessMemory) {
   EXPECT_LT(regathered.activations, 0.85 * static_cast<double>(gathered.activations));
 }
 
+// Kept in a file they are the same bits, in less memory; ZeRO-R's Pa to the host is both.
+TEST(OffloadedActivations, TakeLessMemory) {
+  // What the ranks keep must be large enough to be worth a page.
+  Recipe recipe = {.model = "llama", .dtype = DType::kF32, .length = 64, .steps = 2};
+  recipe.layers = 6;
+  const Result here = TrainOn(recipe, 1, 1);
+  recipe.activations_dir = ::testing::TempDir();
+  const Result there = TrainOn(recipe, 1, 1);
+  EXPECT_TRUE(here.outcome.parameters == there.outcome.parameters);
+  EXPECT_LT(there.activations, 0.5 * static_cast<double>(here.activations));
+  // Two tensors of every block stay beside those in use; not one more for each layer.
+  recipe.layers = 12;
+  const Result deeper = TrainOn(recipe, 1, 1);
+  EXPECT_LT(deeper.activations, 1.2 * static_cast<double>(there.activations));
+  recipe.layers = 6;
+  recipe.tp = 2;
+  recipe.recompute = true;
+  const Result kept = TrainOn(recipe, 2, 3);
+  recipe.partition_activations = true;
+  const Result parts = TrainOn(recipe, 2, 3);
+  EXPECT_TRUE(kept.outcome.parameters == parts.outcome.parameters);
+  EXPECT_LT(parts.activations, kept.activations);
+  EXPECT_THROW(
+      {
+        recipe.activations_dir = "/nowhere";
+        TrainOn(recipe, 2, 1);
+      },
+      Error);
+}
+
 // ZeRO-R's CB: what is on its way is a constant number of buckets, however large the model.
 TEST(ConstantBuffers, BoundWhatIsOnItsWay) {
   const auto peak = [](int layers, int64_t bytes) {

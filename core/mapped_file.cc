@@ -1,4 +1,4 @@
-#include "optim/zero/state_file.h"
+#include "core/mapped_file.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -25,7 +25,7 @@ int OpenNameless(const std::string& dir) {
   const int fd = open(dir.c_str(), O_TMPFILE | O_RDWR | O_EXCL | O_CLOEXEC, 0600);
   if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)) return fd;
   // A file system without nameless files.
-  std::string name = dir + "/optimizer-XXXXXX";
+  std::string name = dir + "/shoal-XXXXXX";
   const int named = mkostemp(name.data(), O_CLOEXEC);
   if (named >= 0) unlink(name.c_str());
   return named;
@@ -34,48 +34,51 @@ int OpenNameless(const std::string& dir) {
 }  // namespace
 
 // Each allocation is a range of the file and a mapping of its own.
-class StateFile::Mapping : public Allocator {
+class MappedFile::Mapping : public Allocator {
  public:
-  explicit Mapping(const std::string& dir) : dir_(dir), fd_(OpenNameless(dir)) {
+  Mapping(const std::string& dir, const std::string& what)
+      : dir_(dir), what_(what), fd_(OpenNameless(dir)) {
     if (fd_ < 0)
-      SHOAL_FAIL(ErrorKind::kStorage, "offload",
-                 "no file for the optimizer's states can be made in {}: {}", dir,
+      SHOAL_FAIL(ErrorKind::kStorage, "offload", "no file for {} can be made in {}: {}", what, dir,
                  std::strerror(errno));
   }
   ~Mapping() override {
     for (const auto& [data, range] : ranges_) munmap(data, range.size);
+    for (const auto& [size, data] : spare_) munmap(data.first, size);
     close(fd_);
   }
 
   void* Allocate(size_t bytes, MemoryClass memory_class) override {
     const std::lock_guard lock(mutex_);
     const size_t size = (std::max<size_t>(bytes, 1) + Page() - 1) / Page() * Page();
+    if (const auto spare = spare_.find(size); spare != spare_.end()) {
+      const auto [data, at] = spare->second;
+      spare_.erase(spare);
+      return Count(data, {at, size, static_cast<int64_t>(bytes), memory_class});
+    }
     const int failed = posix_fallocate(fd_, static_cast<off_t>(end_), static_cast<off_t>(size));
     if (failed != 0) {
       struct statvfs fs = {};
       const bool known = fstatvfs(fd_, &fs) == 0;
       SHOAL_FAIL(ErrorKind::kStorage, "offload",
-                 "the optimizer's states need {} bytes more in {}, which has {} free ({}): make "
-                 "room, or name another folder with zero.offload_dir",
-                 size, dir_, known ? fs.f_bavail * fs.f_frsize : 0, std::strerror(failed));
+                 "{} need {} bytes more in {}, which has {} free ({}): make room, or name another "
+                 "folder with zero.offload_dir",
+                 what_, size, dir_, known ? fs.f_bavail * fs.f_frsize : 0, std::strerror(failed));
     }
     void* data =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(end_));
     if (data == MAP_FAILED)
       SHOAL_FAIL(ErrorKind::kStorage, "offload", "{} bytes of the file in {} cannot be mapped: {}",
                  size, dir_, std::strerror(errno));
-    ranges_[data] = {end_, size, static_cast<int64_t>(bytes), memory_class};
+    const size_t at = end_;
     end_ += size;
-    stats_.live[static_cast<int>(memory_class)] += static_cast<int64_t>(bytes);
-    stats_.live_total += static_cast<int64_t>(bytes);
-    stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
-    return data;
+    return Count(data, {at, size, static_cast<int64_t>(bytes), memory_class});
   }
   void Free(void* data) override {
     const std::lock_guard lock(mutex_);
     const auto it = ranges_.find(data);
     if (it == ranges_.end()) return;
-    munmap(data, it->second.size);
+    spare_.emplace(it->second.size, std::pair(data, it->second.at));
     stats_.live[static_cast<int>(it->second.memory_class)] -= it->second.bytes;
     stats_.live_total -= it->second.bytes;
     ranges_.erase(it);
@@ -112,6 +115,13 @@ class StateFile::Mapping : public Allocator {
     int64_t bytes;
     MemoryClass memory_class;
   };
+  void* Count(void* data, const Range& range) {
+    ranges_[data] = range;
+    stats_.live[static_cast<int>(range.memory_class)] += range.bytes;
+    stats_.live_total += range.bytes;
+    stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
+    return data;
+  }
   struct Place {
     void* data;
     off_t at;
@@ -123,15 +133,16 @@ class StateFile::Mapping : public Allocator {
     return {v.data, static_cast<off_t>(range.at), range.size};
   }
 
-  std::string dir_;
+  std::string dir_, what_;
   int fd_;
   mutable std::mutex mutex_;
   size_t end_ = 0;
   std::map<void*, Range> ranges_;
+  std::multimap<size_t, std::pair<void*, size_t>> spare_;  // freed: by size, where and at
   MemoryStats stats_;
 };
 
-StateFile::StateFile(const std::string& dir) {
+MappedFile::MappedFile(const std::string& dir, const std::string& what) {
   const Device device = ExecutionContext::Current().device();
   if (device.type == DeviceType::kMeta) {
     context_ = std::make_unique<ExecutionContext>(device);
@@ -139,25 +150,25 @@ StateFile::StateFile(const std::string& dir) {
   }
   SHOAL_CHECK(device.type == DeviceType::kCpu, "offload", "no file is mapped into {} memory",
               Name(device.type));
-  mapping_ = std::make_shared<Mapping>(dir);
+  mapping_ = std::make_shared<Mapping>(dir, what);
   context_ = std::make_unique<ExecutionContext>(device, mapping_);
 }
 
-StateFile::~StateFile() = default;
+MappedFile::~MappedFile() = default;
 
-void StateFile::Prefetch(std::span<const View> states) const {
+void MappedFile::Prefetch(std::span<const View> views) const {
   if (mapping_ == nullptr) return;
-  for (const View& v : states) mapping_->Read(v);
+  for (const View& v : views) mapping_->Read(v);
 }
 
-void StateFile::Retire(std::span<const View> states) {
+void MappedFile::Retire(std::span<const View> views) {
   if (mapping_ == nullptr) return;
-  for (const View& v : states) mapping_->Write(v);
+  for (const View& v : views) mapping_->Write(v);
   Settle();
-  retired_.assign(states.begin(), states.end());
+  retired_.assign(views.begin(), views.end());
 }
 
-void StateFile::Settle() {
+void MappedFile::Settle() {
   for (const View& v : retired_) mapping_->Drop(v);
   retired_.clear();
 }
