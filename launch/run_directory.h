@@ -12,10 +12,12 @@ namespace shoal {
 
 class RunDirectory {
  public:
-  // Rank 0 of a new run, of which a save takes `save_bytes`. Error(kStorage) if there is a run
-  // already, or anything that is not an empty directory, or no space; then nothing is left behind.
+  // Rank 0 of a new run, of which a save takes `save_bytes`, its largest file `largest_file`.
+  // Error(kStorage) if there is a run already, or anything that is not an empty directory, or no
+  // space; then nothing is left behind.
   static RunDirectory Create(const std::string& path, std::string_view config_toml,
-                             std::string_view plan_json, int64_t save_bytes = 0);
+                             std::string_view plan_json, int64_t save_bytes = 0,
+                             int64_t largest_file = 0);
   // Rank 0 of a run that goes on.
   static RunDirectory Open(const std::string& path);
   // The other ranks and readers; takes no lock.

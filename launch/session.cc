@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <sstream>
 
 #include "core/init.h"
+#include "launch/bootstrap.h"
 #include "launch/run_directory.h"
 
 namespace shoal {
@@ -113,10 +115,24 @@ std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, cons
   return batches;
 }
 
-std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn) {
-  if (fs::exists(fs::path(path) / "manifest.json")) {
-    VerifySave(path);
-    return path;
+namespace {
+
+// "RUN holds no valid save: all are damaged", and what is wrong with each.
+[[noreturn]] void NoValidSave(const std::string& path, const std::vector<std::string>& reasons) {
+  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} holds no valid save: {}{}", path,
+             reasons.empty() ? "the run ended before its first" : "all are damaged\n",
+             fmt::join(reasons, "\n"));
+}
+
+bool IsSave(const std::string& path) { return fs::exists(fs::path(path) / "manifest.json"); }
+
+// `check` decides which are whole.
+std::vector<std::string> SavesThat(const std::string& path, const Warn& warn,
+                                   std::vector<std::string>* reasons,
+                                   const std::function<void(const std::string&)>& check) {
+  if (IsSave(path)) {
+    check(path);
+    return {path};
   }
   if (!fs::exists(path)) SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
   if (fs::exists(fs::path(path) / "config.json")) {
@@ -124,19 +140,52 @@ std::string FindSave(const std::string& path, const std::function<void(const std
                "{}: this version reads runs and saves of its own, not Hugging Face directories",
                path);
   }
-  const std::string directory = RunDirectory::Attach(path).checkpoints_path();
-  const std::vector<SaveEntry> saves = ListSaves(directory);
-  for (const SaveEntry& save : saves) {
+  std::vector<std::string> saves;
+  for (const SaveEntry& save : ListSaves(RunDirectory::Attach(path).checkpoints_path())) {
     try {
-      VerifySave(save.path);
-      return save.path;
+      check(save.path);
+      saves.push_back(save.path);
     } catch (const Error& e) {
       if (e.kind() != ErrorKind::kStorage) throw;
-      warn(e.message());
+      reasons->push_back(e.message());
+      warn(e.message() + "; trying an older save");
     }
   }
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} holds no valid save{}", path,
-             saves.empty() ? ": the run ended before its first" : ": all are damaged");
+  if (saves.empty()) NoValidSave(path, *reasons);
+  return saves;
+}
+
+}  // namespace
+
+std::vector<std::string> FindSaves(const std::string& path, const Warn& warn) {
+  std::vector<std::string> reasons;
+  return SavesThat(path, warn, &reasons, CheckSave);
+}
+
+std::string LoadNewest(const std::string& path, Communicator& communicator, const Warn& warn,
+                       const std::function<void(const std::string&)>& load) {
+  // What rank 0 finds is what all try.
+  std::vector<std::string> reasons;
+  std::string found;
+  Agree(communicator, [&] {
+    if (communicator.rank() == 0)
+      found = fmt::format("{}", fmt::join(SavesThat(path, warn, &reasons, CheckSave), "\n"));
+  });
+  std::istringstream saves(communicator.AllGatherStrings(found)[0]);
+  for (std::string save; std::getline(saves, save);) {
+    try {
+      Agree(communicator, [&] { load(save); });
+      return save;
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kStorage || save == path) throw;
+      reasons.push_back(communicator.size() > 1
+                            ? fmt::format("{} (found by rank {})", e.message(), e.rank())
+                            : e.message());
+      warn(reasons.back() + "; trying an older save");
+    }
+  }
+  Agree(communicator, [&] { NoValidSave(path, reasons); });
+  return "";
 }
 
 LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
@@ -151,7 +200,10 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
 
 void ResolveFrom(Config* config) {
   if (!config->model.from) return;
-  const std::string save = FindSave(*config->model.from, [](const std::string&) {});
+  // Its weights are read much later, and by every rank for itself: looked through now.
+  std::vector<std::string> reasons;
+  const std::string save = SavesThat(
+      *config->model.from, [](const std::string&) {}, &reasons, VerifySave)[0];
   config->model.from = save;
   ResolveModelFrom(config,
                    ModelShape(ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json")));

@@ -28,9 +28,16 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
                                int64_t step, int64_t replica);
 
-// `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
-// `warn` each) or a save. Error(kStorage) with the reason if there is none.
-std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);
+using Warn = std::function<void(const std::string&)>;
+// Saves that may be read, newest first: those of a run whose manifest and file sizes are right (the
+// others are named to `warn`), or `path` itself if it is a save. Error(kStorage) with the reason of
+// each if there is none.
+std::vector<std::string> FindSaves(const std::string& path, const Warn& warn);
+// Calls `load` on every rank with the newest of them, and with the next older one where it throws
+// Error(kStorage) on any: all ranks go on from the same save, whose path is returned. Every damage
+// is named to `warn`, or if no save is left in Error(kStorage). Collective.
+std::string LoadNewest(const std::string& path, Communicator& communicator, const Warn& warn,
+                       const std::function<void(const std::string&)>& load);
 
 // A model to read from: its configuration as it was trained, and its weights in `compute`.
 struct LoadedModel {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 
+#include "checkpoint/part.h"
 #include "core/context.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -91,14 +92,16 @@ class Run {
   // Rank 0 makes the directory; the others use it once it is there. One in which no rank could
   // begin is taken away again.
   void CreateDirectory() {
-    const auto save_bytes =
-        static_cast<int64_t>(communicator_.Sum(static_cast<double>(SaveBytes(step_->State(true)))));
+    Agree(communicator_, [&] { PlanSaves(); });
+    const auto mine = static_cast<double>(part_plan_.layout.size);
+    const auto all = static_cast<int64_t>(communicator_.Sum(mine));
+    const auto largest = static_cast<int64_t>(communicator_.Max(mine));
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
       Plan plan = MakePlan(config_, communicator_.size());
       plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
-      directory_.emplace(
-          RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan), save_bytes));
+      directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan),
+                                              all, largest));
     });
     try {
       Agree(communicator_, [&] {
@@ -111,51 +114,49 @@ class Run {
     }
   }
 
-  // The save that a run goes on from. False if it is the last: the run is finished.
-  bool FindLastSave(const std::string& run) {
+  // Takes a run that goes on. True if its last step is saved, and that save is whole: no load will
+  // look at it.
+  bool OpenFinished(const std::string& run) {
     Agree(communicator_, [&] {
       directory_.emplace(communicator_.rank() == 0 ? RunDirectory::Open(run)
                                                    : RunDirectory::Attach(run));
-      if (communicator_.rank() == 0) {
-        last_save_ = FindSave(
-            run, [&](const std::string& what) { console_.Warn(what + "; trying an older save"); });
+      if (communicator_.rank() != 0) return;
+      RecoverSaves(directory_->checkpoints_path());
+      for (const std::string& save : FindSaves(run, [](const std::string&) {})) {
+        if (ReadSaveInfo(save).step < config_.run.steps) return;
+        try {
+          VerifySave(save);
+          last_save_ = save;
+          return;
+        } catch (const Error&) {
+          // The load finds it again, and says so.
+        }
       }
     });
     last_save_ = communicator_.AllGatherStrings(last_save_)[0];
-    Agree(communicator_, [&] { save_ = ReadSaveInfo(last_save_); });
-    done_ = save_.step;
-    tokens_ = save_.tokens;
-    return done_ < config_.run.steps;
+    return !last_save_.empty();
   }
 
   void LoadLastSave() {
-    Agree(communicator_, [&] {
-      if (save_.data_fingerprint != data_.fingerprint) {
-        SHOAL_FAIL(ErrorKind::kData, "resume",
-                   "{} is not the corpus that the run was trained on: it has changed since. "
-                   "Restore it, or start a "
-                   "new run with model.from = \"{}\"",
-                   config_.data.path, last_save_);
-      }
-    });
     step_.emplace(options_, communicator_);
+    LoadSave();
     Agree(communicator_, [&] {
-      LoadState(last_save_, step_->State());
-      step_->optimizer().set_step(save_.step);
-      if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), save_.step);
+      PlanSaves();
+      if (communicator_.rank() != 0) return;
+      CheckFreeSpace(directory_->checkpoints_path(), 0, part_plan_.layout.size);
     });
-    step_->optimizer().ShareValues();
     OpenFiles();
   }
 
   int Loop();
 
   const std::string& last_save() const { return last_save_; }
-  int64_t done() const { return done_; }
   Console& console() { return console_; }
 
  private:
+  void PlanSaves() { part_plan_ = PlanPart(communicator_.rank(), step_->State(true)); }
   void OpenFiles();
+  void LoadSave();
   void Step(int64_t step);
   void Save();
   std::optional<double> Validate(int64_t step);
@@ -174,7 +175,7 @@ class Run {
   KernelProfile profile_;
   int64_t done_ = 0, tokens_ = 0;
   std::string last_save_;
-  SaveInfo save_;  // that a resumed run begins with
+  PartPlan part_plan_;
 };
 
 void Run::OpenFiles() {
@@ -188,6 +189,30 @@ void Run::OpenFiles() {
   console_.SetRun(directory_->path());
   if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
   console_.SetLastSave(last_save_);
+}
+
+// The newest save that all ranks find whole becomes the state of the run.
+void Run::LoadSave() {
+  SaveInfo info;
+  last_save_ = LoadNewest(
+      directory_->path(), communicator_, [&](const std::string& what) { console_.Warn(what); },
+      [&](const std::string& save) {
+        info = ReadSaveInfo(save);
+        if (info.data_fingerprint != data_.fingerprint) {
+          SHOAL_FAIL(ErrorKind::kData, "resume",
+                     "{} is not the corpus that the run was trained on: it has changed since. "
+                     "Restore it, or start a new run with model.from = \"{}\"",
+                     config_.data.path, save);
+        }
+        LoadState(save, step_->State());
+      });
+  step_->optimizer().set_step(info.updates);
+  step_->optimizer().ShareValues();
+  done_ = info.step;
+  tokens_ = info.tokens;
+  Agree(communicator_, [&] {
+    if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), done_);
+  });
 }
 
 int Run::Loop() {
@@ -291,7 +316,6 @@ std::optional<double> Run::Validate(int64_t step) {
 
 void Run::Save() {
   const StateDict state = step_->State(true);
-  const double bytes = communicator_.Sum(static_cast<double>(SaveBytes(state)));
   // A loss shows it only one step after the weights.
   const bool finite = communicator_.Max(step_->AllFinite() ? 0 : 1) == 0;
   const std::string directory = directory_->checkpoints_path();
@@ -302,16 +326,17 @@ void Run::Save() {
         Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
       if (!first) return;
       if (metrics_) metrics_->Sync();
-      BeginSave(directory, done_, static_cast<int64_t>(bytes));
+      BeginSave(directory, done_);
     });
     std::string part;
     Agree(communicator_, [&] { part = WritePart(directory, done_, communicator_.rank(), state); });
     const std::vector<std::string> parts = communicator_.AllGatherStrings(part);
     Agree(communicator_, [&] {
       if (!first) return;
-      last_save_ =
-          CommitSave(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint}, parts);
-      PruneSaves(directory, config_.checkpoint.keep);
+      SaveInfo info = {done_, tokens_, WriteConfig(config_), data_.fingerprint,
+                       step_->optimizer().step()};
+      last_save_ = CommitSave(directory, info, parts);
+      PruneSaves(directory, {.keep = config_.checkpoint.keep});
     });
   } catch (const Error&) {
     if (first) AbandonSave(directory, done_);
@@ -335,10 +360,11 @@ int Resume(const std::string& path, Communicator& communicator) {
   Config config;
   Agree(communicator, [&] { config = LoadConfig(RunDirectory::Attach(path).config_path()); });
   config.run.dir = path;
+  const int64_t steps = config.run.steps;
   Run run(std::move(config), communicator);
-  if (!run.FindLastSave(path)) {
-    run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path,
-                                   run.done(), run.last_save()));
+  if (run.OpenFinished(path)) {
+    run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path, steps,
+                                   run.last_save()));
     return 0;
   }
   run.Prepare();
