@@ -68,8 +68,12 @@ void Delete(const std::string& save) {
 
 }  // namespace
 
+std::string SavePath(const std::string& directory, int64_t step) {
+  return fs::path(directory) / Directory(step);
+}
+
 std::string PartialSave(const std::string& directory, int64_t step) {
-  return fs::path(directory) / (Directory(step) + kPartial);
+  return SavePath(directory, step) + kPartial;
 }
 
 void BeginSave(const std::string& directory, int64_t step) {
@@ -91,7 +95,7 @@ std::string WritePart(const std::string& directory, int64_t step, int rank,
 
 std::string CommitSave(const std::string& directory, const SaveInfo& info,
                        const std::vector<std::string>& parts, const FullDisk& full_disk) {
-  const fs::path final_path = fs::path(directory) / Directory(info.step);
+  const fs::path final_path = SavePath(directory, info.step);
   const fs::path partial = PartialSave(directory, info.step);
   const std::string text = ManifestText(info, parts);
   Storing([&] {

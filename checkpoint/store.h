@@ -53,7 +53,8 @@ std::string WritePart(const std::string& directory, int64_t step, int rank, cons
 std::string CommitSave(const std::string& directory, const SaveInfo& info,
                        const std::vector<std::string>& parts, const FullDisk& full_disk = {});
 void AbandonSave(const std::string& directory, int64_t step);
-// Where the parts of a save are written.
+// Where a save will be, and where its parts are written until then.
+std::string SavePath(const std::string& directory, int64_t step);
 std::string PartialSave(const std::string& directory, int64_t step);
 
 // Complete saves in `directory`, newest first. Names decide; CheckSave and VerifySave look inside.

@@ -88,6 +88,7 @@ std::string ToJsonLine(const StepMetrics& m) {
       Float(m.host_gap_seconds));
   if (m.validation_loss)
     line += fmt::format(", \"validation_loss\": {}", Float(*m.validation_loss));
+  if (m.skipped) line += ", \"skipped\": true";
   return line + "}";
 }
 
@@ -107,6 +108,7 @@ std::optional<StepMetrics> ParseMetrics(std::string_view line) {
     m.host_gap_seconds = FloatOf(object.at("host_gap_seconds"));
     if (object.contains("validation_loss"))
       m.validation_loss = FloatOf(object.at("validation_loss"));
+    m.skipped = object.value("skipped", false);
     return m;
   } catch (const json::exception&) {
     return std::nullopt;

@@ -28,6 +28,7 @@ struct StepMetrics {
   NamedBytes wire_bytes;  // sent by this rank in this step, by mesh axis and "control"
   double host_gap_seconds = 0;
   std::optional<double> validation_loss;  // after the update, where it was measured
+  bool skipped = false;                   // nothing was updated, as the loss or norm was not finite
 
   bool operator==(const StepMetrics&) const = default;
 };

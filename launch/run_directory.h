@@ -36,7 +36,8 @@ class RunDirectory {
   // Pictures of a pipeline's last step; only if there is one.
   std::string pipeline_path() const { return path_ + "/pipeline.json"; }
   std::string metrics_path() const { return path_ + "/metrics.jsonl"; }
-  std::string checkpoints_path() const { return path_ + "/checkpoints"; }
+  std::string checkpoints_path() const { return CheckpointsPath(path_); }
+  static std::string CheckpointsPath(const std::string& run) { return run + "/checkpoints"; }
   std::string log_path(int rank) const;
   std::string sample_path() const { return path_ + "/sample.txt"; }
   std::string report_path() const { return path_ + "/report.html"; }

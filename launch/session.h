@@ -24,7 +24,8 @@ OpenedData OpenData(Config* config);
 DType ComputeDType(const Config& config);  // of precision.compute
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
 
-// What replica `replica` computes in step `step` (from 1), a batch per pass.
+// What replica `replica` computes in step `step` (from 1), a batch per pass. After a rollback a run
+// reads other batches than its steps' own: `step` is then the batch's.
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
                                int64_t step, int64_t replica);
 

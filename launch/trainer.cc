@@ -5,7 +5,6 @@
 #include <cmath>
 #include <optional>
 
-#include "checkpoint/part.h"
 #include "core/context.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -13,6 +12,7 @@
 #include "launch/metrics.h"
 #include "launch/plan.h"
 #include "launch/run_directory.h"
+#include "launch/run_saves.h"
 #include "launch/session.h"
 #include "launch/signals.h"
 #include "launch/tensorboard.h"
@@ -58,13 +58,6 @@ void CheckSame(const Config& config, const std::string& fingerprint, Communicato
   }
 }
 
-[[noreturn]] void Diverged(const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kConfig, "train",
-             "{}: the run has diverged and was not saved. Lower optim.lr, warm up longer, or set "
-             "optim.clip",
-             what);
-}
-
 class Run {
  public:
   Run(Config config, Communicator& communicator)
@@ -92,16 +85,13 @@ class Run {
   // Rank 0 makes the directory; the others use it once it is there. One in which no rank could
   // begin is taken away again.
   void CreateDirectory() {
-    Agree(communicator_, [&] { PlanSaves(); });
-    const auto mine = static_cast<double>(part_plan_.layout.size);
-    const auto all = static_cast<int64_t>(communicator_.Sum(mine));
-    const auto largest = static_cast<int64_t>(communicator_.Max(mine));
+    PlanSaves();
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
       Plan plan = MakePlan(config_, communicator_.size());
       plan.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
       directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_), PlanJson(plan),
-                                              all, largest));
+                                              saves_->all_bytes(), saves_->largest_file()));
     });
     try {
       Agree(communicator_, [&] {
@@ -126,38 +116,45 @@ class Run {
         if (ReadSaveInfo(save).step < config_.run.steps) return;
         try {
           VerifySave(save);
-          last_save_ = save;
+          finished_ = save;
           return;
         } catch (const Error&) {
           // The load finds it again, and says so.
         }
       }
     });
-    last_save_ = communicator_.AllGatherStrings(last_save_)[0];
-    return !last_save_.empty();
+    finished_ = communicator_.AllGatherStrings(finished_)[0];
+    return !finished_.empty();
   }
 
   void LoadLastSave() {
     step_.emplace(options_, communicator_);
+    PlanSaves();
     LoadSave();
     Agree(communicator_, [&] {
-      PlanSaves();
-      if (communicator_.rank() != 0) return;
-      CheckFreeSpace(directory_->checkpoints_path(), 0, part_plan_.layout.size);
+      if (communicator_.rank() == 0)
+        CheckFreeSpace(directory_->checkpoints_path(), saves_->all_bytes(), saves_->largest_file());
     });
     OpenFiles();
   }
 
   int Loop();
 
-  const std::string& last_save() const { return last_save_; }
+  const std::string& finished() const { return finished_; }
   Console& console() { return console_; }
 
  private:
-  void PlanSaves() { part_plan_ = PlanPart(communicator_.rank(), step_->State(true)); }
+  void PlanSaves() {
+    saves_.emplace(config_.checkpoint, communicator_, console_,
+                   RunDirectory::CheckpointsPath(config_.run.dir), *step_,
+                   [this] { metrics_->Sync(); });
+  }
   void OpenFiles();
   void LoadSave();
-  void Step(int64_t step);
+  Request Asked() const;
+  bool Step(int64_t step);
+  bool NotFinite(int64_t step, const TrainingStep::Result& result);
+  void RollBack(int64_t step, const std::string& what);
   void Save();
   std::optional<double> Validate(int64_t step);
 
@@ -174,8 +171,13 @@ class Run {
   LrSchedule schedule_;
   KernelProfile profile_;
   int64_t done_ = 0, tokens_ = 0;
-  std::string last_save_;
-  PartPlan part_plan_;
+  int64_t data_offset_ = 0;  // see SaveInfo
+  int64_t skipped_in_a_row_ = 0;
+  std::string rolled_back_to_;  // the save, and how often
+  int64_t rollbacks_ = 0;
+  std::optional<double> validation_loss_;  // after step done_
+  std::string finished_;                   // the save of the last step, if the run has one
+  std::optional<RunSaves> saves_;          // last: it uses the others
 };
 
 void Run::OpenFiles() {
@@ -188,13 +190,13 @@ void Run::OpenFiles() {
   // From here on a failure leaves a run behind that its message can name.
   console_.SetRun(directory_->path());
   if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
-  console_.SetLastSave(last_save_);
+  console_.SetLastSave(saves_->last());
 }
 
 // The newest save that all ranks find whole becomes the state of the run.
 void Run::LoadSave() {
   SaveInfo info;
-  last_save_ = LoadNewest(
+  saves_->set_last(LoadNewest(
       directory_->path(), communicator_, [&](const std::string& what) { console_.Warn(what); },
       [&](const std::string& save) {
         info = ReadSaveInfo(save);
@@ -205,11 +207,13 @@ void Run::LoadSave() {
                      config_.data.path, save);
         }
         LoadState(save, step_->State());
-      });
+      }));
   step_->optimizer().set_step(info.updates);
   step_->optimizer().ShareValues();
   done_ = info.step;
   tokens_ = info.tokens;
+  data_offset_ = info.data_offset;
+  validation_loss_ = info.validation_loss;
   Agree(communicator_, [&] {
     if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), done_);
   });
@@ -225,13 +229,19 @@ int Run::Loop() {
   const int64_t first = done_ + 1;
   bool stop = false;
   while (done_ < config_.run.steps && !stop) {
-    Step(done_ + 1);
-    // One agreement per step on what any rank was asked to do.
-    const double asked = communicator_.Max(StopRequested() ? 2 : TakeSaveRequested() ? 1 : 0);
-    stop = asked == 2;
-    const bool due = config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
-    if (due || asked > 0 || done_ == config_.run.steps) Save();
+    const bool went_on = Step(done_ + 1);
+    // One agreement per step: on what any rank was asked to do, and on what saves wait for.
+    std::array<double, 2> any = {static_cast<double>(Asked()), saves_->Busy() ? 1.0 : 0.0};
+    const View view(any.data(), DType::kF64, {std::ssize(any)});
+    communicator_.AllReduce(std::span(&view, 1), ReduceOp::kMax, Traffic::kControl);
+    const auto asked = static_cast<Request>(any[0]);
+    saves_->Advance(any[1] > 0);
+    stop = asked == Request::kStop;
+    const bool due =
+        went_on && config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
+    if (due || asked != Request::kNone || done_ == config_.run.steps) Save();
   }
+  saves_->Finish();
   ExecutionContext::Current().set_profile(nullptr);
   step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
@@ -240,7 +250,7 @@ int Run::Loop() {
     WriteTimeline(*step_, options_, communicator_, directory_->pipeline_path());
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
                             finished ? "Finished" : "Stopped", done_, config_.run.steps,
-                            done_ - first + 1, Since(begin), last_save_));
+                            done_ - first + 1, Since(begin), saves_->last()));
   console_.Info(finished
                     ? fmt::format("Next: shoal generate {0} --prompt \"...\"   shoal report {0}",
                                   directory_->path())
@@ -248,7 +258,17 @@ int Run::Loop() {
   return finished ? 0 : static_cast<int>(ErrorKind::kRequeue);
 }
 
-void Run::Step(int64_t step) {
+// Of this rank.
+Request Run::Asked() const {
+  Request asked = StopRequested()       ? Request::kStop
+                  : TakeSaveRequested() ? Request::kSave
+                                        : Request::kNone;
+  if (communicator_.rank() == 0) asked = std::max(asked, TakeRequestFile(directory_->path()));
+  return asked;
+}
+
+// False if it went back to a save instead.
+bool Run::Step(int64_t step) {
   SetFailureContext([&](FailureContext& context) { context.step = step; });
   const double busy_before = profile_.total();
   std::array<int64_t, kMeshAxes> sent_before;
@@ -259,8 +279,8 @@ void Run::Step(int64_t step) {
   StepMetrics m;
   m.step = step;
   m.lr = schedule_.At(step);
-  const std::vector<Batch> batches =
-      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().coordinate(MeshAxis::kDp));
+  const std::vector<Batch> batches = StepBatches(config_, plan_, *data_.loader, step + data_offset_,
+                                                 step_->mesh().coordinate(MeshAxis::kDp));
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
   m.seconds = Since(begin);
@@ -282,23 +302,64 @@ void Run::Step(int64_t step) {
                               memory.peak[static_cast<size_t>(c)]);
   }
   m.peak_bytes.emplace_back("peak", memory.peak_total);
-  const bool finite = std::isfinite(m.loss) && std::isfinite(m.grad_norm);
-  if (finite) m.validation_loss = Validate(step);
+  const bool skip = !result.updated && config_.optim.non_finite == "skip";
+  m.skipped = skip;
+  if (result.updated || skip) m.validation_loss = Validate(step);
   if (metrics_) {
     metrics_->Write(m);
     tensorboard_->Write(m);
   }
   console_.Step(m, config_.run.steps, config_.run.log_every);
-  if (!finite) console_.EndProgress();
-  Agree(communicator_, [&] {
-    if (!finite) {
-      Diverged(
-          fmt::format("the loss or the gradient's norm is not finite at step {} (loss {}, "
-                      "norm {})",
-                      step, m.loss, m.grad_norm));
-    }
-  });
+  if (!result.updated && !NotFinite(step, result)) return false;
+  if (result.updated) skipped_in_a_row_ = 0;
+  validation_loss_ = m.validation_loss;
   done_ = step;
+  return true;
+}
+
+// What optim.non_finite says of a step without an update. True: the run goes on after it.
+bool Run::NotFinite(int64_t step, const TrainingStep::Result& result) {
+  constexpr int64_t kMostInARow = 10;
+  const std::string what =
+      fmt::format("the loss or the gradient's norm is not finite at step {} (loss {}, norm {})",
+                  step, result.loss, result.grad_norm);
+  if (config_.optim.non_finite == "skip" && ++skipped_in_a_row_ < kMostInARow) {
+    console_.Warn(what + "; its update is left out");
+    return true;
+  }
+  if (config_.optim.non_finite == "rollback") {
+    RollBack(step, what);
+    return false;
+  }
+  console_.EndProgress();
+  saves_->Finish();  // what is under way is of before
+  Agree(communicator_, [&] {
+    Diverged(skipped_in_a_row_ == kMostInARow
+                 ? fmt::format("{}, as at the {} steps before", what, kMostInARow - 1)
+                 : what);
+  });
+  return false;
+}
+
+void Run::RollBack(int64_t step, const std::string& what) {
+  constexpr int64_t kMost = 3;
+  const int64_t bad = step + data_offset_;
+  saves_->Finish();
+  Agree(communicator_, [&] {
+    if (saves_->last().empty()) Diverged(what + ", and there is no save to go back to");
+    if (saves_->last() == rolled_back_to_ && rollbacks_ == kMost)
+      Diverged(fmt::format("{}, after {} rollbacks to {}", what, kMost, rolled_back_to_));
+  });
+  LoadSave();
+  rollbacks_ = saves_->last() == rolled_back_to_ ? rollbacks_ + 1 : 1;
+  rolled_back_to_ = saves_->last();
+  data_offset_ = bad - done_;
+  Agree(communicator_, [&] {
+    // The file is another one now.
+    if (metrics_) metrics_.emplace(directory_->metrics_path());
+  });
+  console_.Warn(
+      fmt::format("{}; back to {}, and on with the data after that step's", what, rolled_back_to_));
 }
 
 std::optional<double> Run::Validate(int64_t step) {
@@ -315,35 +376,18 @@ std::optional<double> Run::Validate(int64_t step) {
 }
 
 void Run::Save() {
-  const StateDict state = step_->State(true);
-  // A loss shows it only one step after the weights.
-  const bool finite = communicator_.Max(step_->AllFinite() ? 0 : 1) == 0;
-  const std::string directory = directory_->checkpoints_path();
-  const bool first = communicator_.rank() == 0;
-  try {
-    Agree(communicator_, [&] {
-      if (!finite)
-        Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
-      if (!first) return;
-      if (metrics_) metrics_->Sync();
-      BeginSave(directory, done_);
-    });
-    std::string part;
-    Agree(communicator_, [&] { part = WritePart(directory, done_, communicator_.rank(), state); });
-    const std::vector<std::string> parts = communicator_.AllGatherStrings(part);
-    Agree(communicator_, [&] {
-      if (!first) return;
-      SaveInfo info = {done_, tokens_, WriteConfig(config_), data_.fingerprint,
-                       step_->optimizer().step()};
-      last_save_ = CommitSave(directory, info, parts);
-      PruneSaves(directory, {.keep = config_.checkpoint.keep});
-    });
-  } catch (const Error&) {
-    if (first) AbandonSave(directory, done_);
-    throw;
-  }
-  last_save_ = communicator_.AllGatherStrings(last_save_)[0];
-  console_.SetLastSave(last_save_);
+  SaveInfo info;
+  info.step = done_;
+  info.tokens = tokens_;
+  info.config = WriteConfig(config_);
+  info.data_fingerprint = data_.fingerprint;
+  info.updates = step_->optimizer().step();
+  info.data_offset = data_offset_;
+  info.epoch = (done_ + data_offset_) * config_.batch.sequences / data_.loader->train_sequences();
+  const MeshShape& mesh = step_->mesh().shape();
+  info.mesh = {{"dp", mesh.dp}, {"tp", mesh.tp}, {"pp", mesh.pp}, {"cp", mesh.cp}, {"ep", mesh.ep}};
+  info.validation_loss = validation_loss_;
+  saves_->Begin(info);
 }
 
 }  // namespace
@@ -364,7 +408,7 @@ int Resume(const std::string& path, Communicator& communicator) {
   Run run(std::move(config), communicator);
   if (run.OpenFinished(path)) {
     run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path, steps,
-                                   run.last_save()));
+                                   run.finished()));
     return 0;
   }
   run.Prepare();

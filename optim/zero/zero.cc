@@ -362,12 +362,20 @@ void ZeroOptimizer::Step(double lr, double gradient_scale) {
       rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
     }
     if (file_ != nullptr) file_->Retire(States(bucket));
-    bucket.gradient = Tensor();
-    for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+    DropGradients(bucket);
     if (options_.stage == 1 || options_.stage == 2) Gather(bucket);
   }
   if (file_ != nullptr) file_->Settle();
   queue_.WaitAll();
+}
+
+void ZeroOptimizer::DropGradients(Bucket& bucket) {
+  bucket.gradient = Tensor();
+  for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+}
+
+void ZeroOptimizer::DropGradients() {
+  for (Bucket& bucket : buckets_) DropGradients(bucket);
 }
 
 // From the ranks' shares to whole parameters on all of them.

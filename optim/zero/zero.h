@@ -69,6 +69,8 @@ class ZeroOptimizer {
   double GradNorm();
   // Consumes the gradients.
   void Step(double lr, double gradient_scale);
+  // The same without an update: nothing changes but that they are gone.
+  void DropGradients();
 
   int64_t step() const { return step_; }  // updates made
   void set_step(int64_t step) { step_ = step; }
@@ -131,6 +133,7 @@ class ZeroOptimizer {
                                  int pass, bool whole);
   void CutShare(Bucket& bucket) const;
   static int Awaited(const Bucket& bucket);
+  static void DropGradients(Bucket& bucket);
   static std::vector<Slice> Owned(const Bucket& bucket);
   void HookGradients(Bucket& bucket);
   void HookUnits(const std::vector<Module*>& modules);

@@ -168,7 +168,7 @@ TEST(Composition, IsAsDocumented) {
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
   for (const char* setting :
        {"mesh.ep=2", "memory.recompute=\"selective\"", "memory.offload_activations=true",
-        "method.name=\"lora\"", "checkpoint.async=true"}) {
+        "method.name=\"lora\""}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";
