@@ -189,6 +189,7 @@ int64_t Place(const Handle& file, const Hdf5Array& array, const std::string& pat
   H5Pset_layout(how, H5D_CONTIGUOUS);
   H5Pset_alloc_time(how, H5D_ALLOC_TIME_EARLY);
   H5Pset_fill_time(how, H5D_FILL_TIME_NEVER);
+  H5Pset_obj_track_times(how, false);  // the same state is the same bytes
   const Handle set(
       H5Dcreate2(file, array.name.c_str(), FileType(array.dtype), space, links, how, H5P_DEFAULT),
       H5Dclose);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <sstream>
@@ -269,7 +270,7 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   Result result;
   result.tokens = static_cast<int64_t>(mesh_.data().Sum(static_cast<double>(labelled)));
   double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
-  if (Poisoned(micro_batches)) normalizer = 0;
+  if (Poisoned(micro_batches)) normalizer = std::numeric_limits<double>::denorm_min();
   const auto at = [&](int i) -> const Batch& { return micro_batches[static_cast<size_t>(i)]; };
   PipelineWork work;
   work.forward = [&](int chunk, int i, const Tensor& in) {

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "checkpoint/file_io.h"
@@ -66,6 +68,9 @@ TEST(Hdf5, ReadsWhatPlainWritesPutThere) {
   EXPECT_THROW(ReadHdf5(path, arrays[1], values[1].data()), Error);
   fs::remove(path);
   EXPECT_THROW(LayOutHdf5({arrays[1], arrays[1]}), Error);
+  // No time is in it.
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  EXPECT_TRUE(LayOutHdf5(arrays).frame == layout.frame);
 }
 
 }  // namespace

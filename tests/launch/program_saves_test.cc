@@ -60,10 +60,10 @@ TEST_F(ProgramSaves, Retention) {
   settings.Set("checkpoint.keep_every", "8");
   ASSERT_EQ(Train(settings).exit_code, 0);
   EXPECT_EQ(SavedSteps("run"), (std::vector<int64_t>{8, 16, 19, 20}));
-  // A learning rate that is too high: the best save is not the last.
+  // A learning rate that grows too high: the best save is not the last.
   settings.Set("run.dir", "\"best\"").Set("checkpoint.keep_best", "true");
   settings.Set("checkpoint.keep_every", "0").Set("data.validation_fraction", "0.1");
-  settings.Set("run.validate_every", "1").Set("optim.lr", "0.3");
+  settings.Set("run.validate_every", "1").Set("optim.lr", "200").Set("optim.warmup_steps", "1000");
   ASSERT_EQ(Train(settings).exit_code, 0);
   int64_t best = 0;
   double least = INFINITY;
