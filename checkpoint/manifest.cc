@@ -3,6 +3,8 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <charconv>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -167,6 +169,15 @@ std::string Digest(std::string_view bytes) {
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
 }
 
+std::optional<int64_t> StepOfName(std::string_view name, std::string_view ending) {
+  if (!name.starts_with("step-") || !name.ends_with(ending)) return std::nullopt;
+  name = name.substr(5, name.size() - std::min(name.size(), 5 + ending.size()));
+  int64_t step = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), step);
+  if (name.empty() || error != std::errc() || end != name.data() + name.size()) return std::nullopt;
+  return step;
+}
+
 Piece PieceOf(const StateEntry& entry) {
   return {entry.global_shape, entry.offset, entry.share ? entry.share->slice : entry.tensor.shape(),
           entry.share ? entry.share->begin : 0, entry.tensor.numel()};
@@ -234,7 +245,12 @@ Manifest ReadManifest(const std::string& save) {
   if (digest != Digest(text.dump()) || spelt != bytes.str())
     Fail(path, "is not as it was written: it is damaged");
   try {
-    return {InfoOf(text), Reader(path).PartOf(text)};
+    Manifest manifest = {InfoOf(text), Reader(path).PartOf(text)};
+    const auto step = StepOfName(std::filesystem::path(save).filename().string());
+    if (step && *step != manifest.info.step)
+      Fail(path,
+           fmt::format("is of step {}: its files belong to another save", manifest.info.step));
+    return manifest;
   } catch (const json::exception& e) {
     Fail(path, std::string("is damaged: ") + e.what());
   }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -21,6 +22,9 @@ inline constexpr const char* kManifest = "manifest.json";
 inline constexpr int64_t kChunkBytes = int64_t{8} << 20;
 
 std::string Digest(std::string_view bytes);
+
+// 42 of "step-00000042", or of that and `ending`; nothing of other names.
+std::optional<int64_t> StepOfName(std::string_view name, std::string_view ending = "");
 
 // Which part of a tensor is meant: elements [begin, begin + count) of a slice of it.
 struct Piece {
@@ -65,7 +69,8 @@ struct Manifest {
 };
 // The manifest of a save that these parts make up, as text.
 std::string ManifestText(const SaveInfo& info, const std::vector<std::string>& parts);
-// Error(kStorage) naming the file if it is missing, damaged, or of another format.
+// Error(kStorage) naming the file if it is missing, damaged, of another format, or of another step
+// than the save's name says.
 Manifest ReadManifest(const std::string& save);
 
 // The pieces of each file, as ranges of it.

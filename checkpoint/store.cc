@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 #include <filesystem>
 #include <optional>
@@ -27,16 +26,6 @@ constexpr const char *kPartial = ".partial", *kOld = ".old", *kDoomed = ".doomed
 }
 
 std::string Directory(int64_t step) { return fmt::format("step-{:08}", step); }
-
-// Of "step-00000042", or of that and `ending`.
-std::optional<int64_t> StepOf(std::string_view name, std::string_view ending = "") {
-  if (!name.starts_with("step-") || !name.ends_with(ending)) return std::nullopt;
-  name = name.substr(5, name.size() - std::min(name.size(), 5 + ending.size()));
-  int64_t step = 0;
-  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), step);
-  if (name.empty() || error != std::errc() || end != name.data() + name.size()) return std::nullopt;
-  return step;
-}
 
 // Runs f, which uses the file system, and names what fails there.
 template <class F>
@@ -137,9 +126,9 @@ std::vector<SaveEntry> ListSaves(const std::string& directory) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(directory, error)) {
     const std::string name = entry.path().filename();
-    if (const auto step = StepOf(name)) found[*step] = entry.path();
+    if (const auto step = StepOfName(name)) found[*step] = entry.path();
     // Its successor did not come to its name.
-    if (const auto step = StepOf(name, kOld)) found.emplace(*step, entry.path());
+    if (const auto step = StepOfName(name, kOld)) found.emplace(*step, entry.path());
   }
   std::vector<SaveEntry> saves;
   for (auto it = found.rbegin(); it != found.rend(); ++it) {
@@ -180,14 +169,14 @@ void RecoverSaves(const std::string& directory) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(directory, error)) {
     const std::string name = entry.path().filename();
-    if (name.starts_with("step-") && !StepOf(name)) left.push_back(entry.path());
+    if (name.starts_with("step-") && !StepOfName(name)) left.push_back(entry.path());
   }
   for (const fs::path& path : left) {
     const std::string name = path.filename();
-    const auto old = StepOf(name, kOld);
+    const auto old = StepOfName(name, kOld);
     if (old && !fs::exists(path.parent_path() / Directory(*old), error) && IsValid(path)) {
       Storing([&] { fs::rename(path, path.parent_path() / Directory(*old)); });
-    } else if (old || StepOf(name, kPartial) || name.ends_with(kDoomed)) {
+    } else if (old || StepOfName(name, kPartial) || name.ends_with(kDoomed)) {
       Storing([&] { fs::remove_all(path); });
     }
   }

@@ -276,6 +276,19 @@ void Store::DamageEach(size_t stride) {
 TEST_F(Store, ADamagedByteIsFound) { DamageEach(31); }
 TEST_F(LongStore, AnyDamagedByteIsFound) { DamageEach(1); }
 
+TEST_F(Store, ASaveUnderAnothersNameIsNoticed) {
+  Save(1, 1);
+  const std::string path = Save(2, 2);
+  for (const char* name : {"manifest.json", "rank-0000.h5"}) {
+    fs::copy_file(directory_ / "step-00000001" / name, fs::path(path) / name,
+                  fs::copy_options::overwrite_existing);
+    EXPECT_NE(ErrorOf([&] { VerifySave(path); }), "");
+    EXPECT_NE(ErrorOf([&] { LoadState(path, State(0)); }), "");
+  }
+  fs::rename(path, directory_ / "mine");
+  EXPECT_EQ(CheckSave(directory_ / "mine").step, 1);
+}
+
 TEST_F(Store, TruncatedAndMissingFilesAreNamed) {
   const std::string path = Save(1, 1);
   for (const char* name : {"rank-0000.h5", "manifest.json"}) {
