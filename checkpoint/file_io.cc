@@ -85,6 +85,12 @@ File File::Open(const std::string& path) {
   return {path, file};
 }
 
+File File::OpenToAppend(const std::string& path) {
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  if (file < 0) Fail(path, "cannot be written", errno);
+  return {path, file};
+}
+
 File::~File() {
   if (file_ >= 0) close(file_);
 }
@@ -117,27 +123,41 @@ void File::Reserve(int64_t bytes, const FullDisk& full_disk) {
       [&] {
         for (;;) {
           if (fallocate(file_, 0, 0, bytes) == 0) return 0;
-          // A file system that reserves nothing is met when it is written.
-          if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
-          if (errno != EINTR) return errno;
+          if (errno == EINTR) continue;
+          // A file system that cannot reserve is met when it is written.
+          return IsFull(errno) ? errno : 0;
         }
       });
 }
 
-void File::Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk) {
+// `put(done)` writes what comes after `done` bytes, or a part of it, as write does.
+template <class Put>
+void File::PutAll(int64_t bytes, const FullDisk& full_disk, const Put& put) {
   int64_t done = 0;
   WaitForSpace(
       path_, full_disk, [&] { return bytes - done; },
       [&] {
         while (done < bytes) {
-          const ssize_t n = pwrite(file_, static_cast<const char*>(data) + done,
-                                   static_cast<size_t>(bytes - done), at + done);
+          const ssize_t n = put(done);
           if (n < 0 && errno == EINTR) continue;
           if (n < 0) return errno;
           done += n;
         }
         return 0;
       });
+}
+
+void File::Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk) {
+  PutAll(bytes, full_disk, [&](int64_t done) {
+    return pwrite(file_, static_cast<const char*>(data) + done, static_cast<size_t>(bytes - done),
+                  at + done);
+  });
+}
+
+void File::Append(const void* data, int64_t bytes, const FullDisk& full_disk) {
+  PutAll(bytes, full_disk, [&](int64_t done) {
+    return write(file_, static_cast<const char*>(data) + done, static_cast<size_t>(bytes - done));
+  });
 }
 
 void File::Flush() const {

@@ -22,6 +22,7 @@ class File {
  public:
   static File Create(const std::string& path);  // which must not be there
   static File Open(const std::string& path);    // to read
+  static File OpenToAppend(const std::string& path);
   ~File();
   File(File&& other) noexcept;
   File& operator=(File&&) = delete;
@@ -33,10 +34,14 @@ class File {
   // Takes the space for `bytes` at once, so that a full disk is found before there is work to lose.
   void Reserve(int64_t bytes, const FullDisk& full_disk);
   void Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk);
+  // Where the last one ended; at the end of a file that was opened to append.
+  void Append(const void* data, int64_t bytes, const FullDisk& full_disk);
   void Flush() const;  // to the disk
 
  private:
   File(std::string path, int file) : path_(std::move(path)), file_(file) {}
+  template <class Put>
+  void PutAll(int64_t bytes, const FullDisk& full_disk, const Put& put);
 
   std::string path_;
   int file_;

@@ -1,15 +1,12 @@
 #include "launch/metrics.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "core/base/error.h"
 #include "data/file.h"
@@ -115,32 +112,15 @@ std::optional<StepMetrics> ParseMetrics(std::string_view line) {
   }
 }
 
-MetricsWriter::MetricsWriter(std::string path) : path_(std::move(path)) {
-  file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-  if (file_ < 0)
-    SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_, std::strerror(errno));
-}
-
-MetricsWriter::~MetricsWriter() {
-  if (file_ >= 0) close(file_);
-}
+MetricsWriter::MetricsWriter(const std::string& path, FullDisk full_disk)
+    : file_(File::OpenToAppend(path)), full_disk_(std::move(full_disk)) {}
 
 void MetricsWriter::Write(const StepMetrics& metrics) {
   const std::string line = ToJsonLine(metrics) + "\n";
-  for (size_t done = 0; done < line.size();) {
-    const ssize_t n = write(file_, line.data() + done, line.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0)
-      SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_,
-                 std::strerror(errno));
-    done += static_cast<size_t>(n);
-  }
+  file_.Append(line.data(), std::ssize(line), full_disk_);
 }
 
-void MetricsWriter::Sync() {
-  if (fsync(file_) != 0)
-    SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_, std::strerror(errno));
-}
+void MetricsWriter::Sync() { file_.Flush(); }
 
 MetricsFile ReadMetrics(const std::string& path) {
   MetricsFile out;

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint/file_io.h"
+
 namespace shoal {
 
 // In the order in which they are written.
@@ -40,17 +42,14 @@ std::optional<StepMetrics> ParseMetrics(std::string_view line);
 
 class MetricsWriter {
  public:
-  explicit MetricsWriter(std::string path);  // appends
-  ~MetricsWriter();
-  MetricsWriter(const MetricsWriter&) = delete;
-  MetricsWriter& operator=(const MetricsWriter&) = delete;
+  explicit MetricsWriter(const std::string& path, FullDisk full_disk = {});  // appends
   // Each line is one write: a reader sees whole lines, and a killed process tears at most the last.
   void Write(const StepMetrics& metrics);
   void Sync();  // with every checkpoint
 
  private:
-  std::string path_;
-  int file_ = -1;
+  File file_;
+  FullDisk full_disk_;
 };
 
 struct MetricsFile {

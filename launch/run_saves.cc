@@ -15,6 +15,10 @@ void Diverged(const std::string& what) {
              what);
 }
 
+FullDisk WaitForRoom(const CheckpointConfig& config, const Console& console) {
+  return {config.full_disk_wait, [&console](const std::string& what) { console.Alert(what); }, {}};
+}
+
 RunSaves::RunSaves(const CheckpointConfig& config, Communicator& communicator, Console& console,
                    std::string directory, TrainingStep& step, std::function<void()> before_commit)
     : config_(config),
@@ -26,8 +30,7 @@ RunSaves::RunSaves(const CheckpointConfig& config, Communicator& communicator, C
   Agree(communicator_, [&] {
     SaverOptions options;
     options.staging = config_.staging;
-    options.full_disk.seconds = config_.full_disk_wait;
-    options.full_disk.warn = [&](const std::string& what) { console_.Alert(what); };
+    options.full_disk = WaitForRoom(config_, console_);
     saver_.emplace(directory_, PlanPart(communicator_.rank(), step_.State(true)), options);
   });
   const auto mine = static_cast<double>(saver_->plan().layout.size);
@@ -51,7 +54,7 @@ void RunSaves::Begin(const SaveInfo& info) {
   }
   console_.Info(fmt::format("save of step {} requested", info.step));
   under_way_ = UnderWay{info, Clock::now()};
-  saver_->Begin(info.step, step_.State(true));
+  Agree(communicator_, [&] { saver_->Begin(info.step, step_.State(true)); });
   if (!config_.async) Finish();
 }
 

@@ -19,6 +19,9 @@ namespace shoal {
 // Error(kConfig) of a run whose numbers are not finite any more.
 [[noreturn]] void Diverged(const std::string& what);
 
+// Whoever writes into a run's directory waits so for a full disk.
+FullDisk WaitForRoom(const CheckpointConfig& config, const Console& console);
+
 class RunSaves {
  public:
   // Saves of `step`'s state to `directory`. `before_commit` is called on rank 0, from another

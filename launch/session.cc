@@ -164,15 +164,16 @@ std::vector<std::string> FindSaves(const std::string& path, const Warn& warn) {
 
 std::string LoadNewest(const std::string& path, Communicator& communicator, const Warn& warn,
                        const std::function<void(const std::string&)>& load) {
-  // What rank 0 finds is what all try.
+  // What rank 0 finds is what all try. No path holds a zero.
+  constexpr std::string_view kEnd("\0", 1);
   std::vector<std::string> reasons;
   std::string found;
   Agree(communicator, [&] {
     if (communicator.rank() == 0)
-      found = fmt::format("{}", fmt::join(SavesThat(path, warn, &reasons, CheckSave), "\n"));
+      found = fmt::format("{}", fmt::join(SavesThat(path, warn, &reasons, CheckSave), kEnd));
   });
   std::istringstream saves(communicator.AllGatherStrings(found)[0]);
-  for (std::string save; std::getline(saves, save);) {
+  for (std::string save; std::getline(saves, save, kEnd[0]);) {
     try {
       Agree(communicator, [&] { load(save); });
       return save;

@@ -3,6 +3,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <optional>
 
 #include "core/context.h"
@@ -150,11 +151,15 @@ class Run {
                    [this] { metrics_->Sync(); });
   }
   void OpenFiles();
+  void OpenMetrics() {
+    metrics_.emplace(directory_->metrics_path(), WaitForRoom(config_.checkpoint, console_));
+  }
   void LoadSave();
   Request Asked() const;
   bool Step(int64_t step);
   bool NotFinite(int64_t step, const TrainingStep::Result& result);
   void RollBack(int64_t step, const std::string& what);
+  bool IsFinite(const std::function<void()>& saving);
   void Save();
   std::optional<double> Validate(int64_t step);
 
@@ -184,8 +189,8 @@ void Run::OpenFiles() {
   Agree(communicator_, [&] {
     console_.OpenLog(directory_->log_path(communicator_.rank()));
     if (communicator_.rank() != 0) return;
-    metrics_.emplace(directory_->metrics_path());
-    tensorboard_.emplace(directory_->path());
+    OpenMetrics();
+    tensorboard_.emplace(directory_->path(), WaitForRoom(config_.checkpoint, console_));
   });
   // From here on a failure leaves a run behind that its message can name.
   console_.SetRun(directory_->path());
@@ -226,31 +231,37 @@ int Run::Loop() {
   ExecutionContext::Current().set_profile(&profile_);
   step_->set_profile(&profile_);
   const auto begin = Clock::now();
-  const int64_t first = done_ + 1;
+  int64_t taken = 0;
   bool stop = false;
   while (done_ < config_.run.steps && !stop) {
-    const bool went_on = Step(done_ + 1);
+    bool went_on = Step(done_ + 1);
+    ++taken;
     // One agreement per step: on what any rank was asked to do, and on what saves wait for.
     std::array<double, 2> any = {static_cast<double>(Asked()), saves_->Busy() ? 1.0 : 0.0};
     const View view(any.data(), DType::kF64, {std::ssize(any)});
     communicator_.AllReduce(std::span(&view, 1), ReduceOp::kMax, Traffic::kControl);
     const auto asked = static_cast<Request>(any[0]);
-    saves_->Advance(any[1] > 0);
+    went_on = IsFinite([&] { saves_->Advance(any[1] > 0); }) && went_on;
     stop = asked == Request::kStop;
     const bool due =
         went_on && config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
-    if (due || asked != Request::kNone || done_ == config_.run.steps) Save();
+    const bool last = stop || done_ == config_.run.steps;
+    if (due || last || asked != Request::kNone) {
+      IsFinite([&] {
+        Save();
+        if (last) saves_->Finish();
+      });
+    }
   }
-  saves_->Finish();
   ExecutionContext::Current().set_profile(nullptr);
   step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
   console_.EndProgress();
-  if (config_.mesh.pp > 1 && done_ >= first)
+  if (config_.mesh.pp > 1 && taken > 0)
     WriteTimeline(*step_, options_, communicator_, directory_->pipeline_path());
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
-                            finished ? "Finished" : "Stopped", done_, config_.run.steps,
-                            done_ - first + 1, Since(begin), saves_->last()));
+                            finished ? "Finished" : "Stopped", done_, config_.run.steps, taken,
+                            Since(begin), saves_->last()));
   console_.Info(finished
                     ? fmt::format("Next: shoal generate {0} --prompt \"...\"   shoal report {0}",
                                   directory_->path())
@@ -341,10 +352,28 @@ bool Run::NotFinite(int64_t step, const TrainingStep::Result& result) {
   return false;
 }
 
+// Whether `saving` found the state finite. Where optim.non_finite says so, a run whose state is not
+// has gone back to an older save; else that is its end.
+bool Run::IsFinite(const std::function<void()>& saving) {
+  try {
+    saving();
+    return true;
+  } catch (const Error& e) {
+    // Of all ranks, as saves agree.
+    if (e.kind() != ErrorKind::kConfig || config_.optim.non_finite != "rollback") throw;
+    RollBack(done_, e.message());
+    return false;
+  }
+}
+
 void Run::RollBack(int64_t step, const std::string& what) {
   constexpr int64_t kMost = 3;
   const int64_t bad = step + data_offset_;
-  saves_->Finish();
+  try {
+    saves_->Finish();
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::kConfig) throw;  // it was not finite, and is none
+  }
   Agree(communicator_, [&] {
     if (saves_->last().empty()) Diverged(what + ", and there is no save to go back to");
     if (saves_->last() == rolled_back_to_ && rollbacks_ == kMost)
@@ -356,7 +385,7 @@ void Run::RollBack(int64_t step, const std::string& what) {
   data_offset_ = bad - done_;
   Agree(communicator_, [&] {
     // The file is another one now.
-    if (metrics_) metrics_.emplace(directory_->metrics_path());
+    if (metrics_) OpenMetrics();
   });
   console_.Warn(
       fmt::format("{}; back to {}, and on with the data after that step's", what, rolled_back_to_));

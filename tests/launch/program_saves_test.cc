@@ -1,9 +1,11 @@
 // When a run saves, what stays, and what a full disk or a damaged file does to it.
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <csignal>
 #include <fstream>
+#include <thread>
 
 #include "checkpoint/manifest.h"
 #include "tests/launch/program.h"
@@ -121,6 +123,49 @@ TEST_F(ProgramSaves, AFullDiskIsWaitedFor) {
   ASSERT_EQ(Train(settings).exit_code, 0);
   for (const int64_t step : SavedSteps("run"))
     ASSERT_EQ(Digests("run", step), Digests("whole", step)) << step;
+}
+
+// A file system without a byte left: metrics wait too, not saves alone.
+TEST_F(ProgramSaves, ADiskWithoutAByteIsWaitedFor) {
+  fs::create_directory(Path("small"));
+  if (mount("shoal-test", Path("small").c_str(), "tmpfs", 0, "size=4m") != 0)
+    GTEST_SKIP() << "this user may not mount a tmpfs";
+  Settings settings = Endless();
+  settings.Set("checkpoint.every", "5").Set("run.dir", "\"small/run\"");
+  WriteText(Path("a.toml"), settings.Text());
+  {
+    Program program({"train", "a.toml"}, {.directory = directory_.path()});
+    EXPECT_TRUE(program.WaitFor([&] { return !ListSaves(Path("small/run/checkpoints")).empty(); }));
+    {
+      std::ofstream ballast(Path("small/ballast"), std::ios::binary);
+      const std::string block(4096, 'x');
+      for (int i = 0; i < 1024 && ballast.write(block.data(), 4096).flush(); ++i) {
+      }
+    }
+    const auto steps = [&] { return ReadMetrics(Path("small/run/metrics.jsonl")).steps.size(); };
+    // It stands still.
+    size_t before = 0;
+    for (int same = 0; same < 20 && program.Running();) {
+      const size_t now = steps();
+      same = now == before ? same + 1 : 0;
+      before = now;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+    EXPECT_TRUE(program.Running());
+    fs::remove(Path("small/ballast"));
+    EXPECT_TRUE(program.WaitFor([&] { return steps() > before + 20; }));
+    program.Signal(SIGUSR1);
+    const ProgramResult result = program.Wait();
+    EXPECT_EQ(result.exit_code, kRequeue) << result.err;
+    EXPECT_NE(result.err.find("waiting for room"), std::string::npos) << result.err;
+    const MetricsFile metrics = ReadMetrics(Path("small/run/metrics.jsonl"));
+    EXPECT_EQ(metrics.skipped_lines, 0);
+    for (size_t i = 0; i < metrics.steps.size(); ++i)
+      ASSERT_EQ(metrics.steps[i].step, static_cast<int64_t>(i) + 1);
+    for (const SaveEntry& save : ListSaves(Path("small/run/checkpoints")))
+      EXPECT_NO_THROW(VerifySave(save.path));
+  }
+  umount2(Path("small").c_str(), MNT_DETACH);
 }
 
 // Nobody makes room: the run ends, and what was saved before is as it was.
