@@ -152,7 +152,9 @@ class Run {
   }
   void OpenFiles();
   void OpenMetrics() {
-    metrics_.emplace(directory_->metrics_path(), WaitForRoom(config_.checkpoint, console_));
+    const FullDisk full_disk = WaitForRoom(config_.checkpoint, console_);
+    metrics_.emplace(directory_->metrics_path(), full_disk);
+    tensorboard_.emplace(directory_->path(), full_disk);
   }
   void LoadSave();
   Request Asked() const;
@@ -188,9 +190,7 @@ class Run {
 void Run::OpenFiles() {
   Agree(communicator_, [&] {
     console_.OpenLog(directory_->log_path(communicator_.rank()));
-    if (communicator_.rank() != 0) return;
-    OpenMetrics();
-    tensorboard_.emplace(directory_->path(), WaitForRoom(config_.checkpoint, console_));
+    if (communicator_.rank() == 0) OpenMetrics();
   });
   // From here on a failure leaves a run behind that its message can name.
   console_.SetRun(directory_->path());
@@ -384,8 +384,8 @@ void Run::RollBack(int64_t step, const std::string& what) {
   rolled_back_to_ = saves_->last();
   data_offset_ = bad - done_;
   Agree(communicator_, [&] {
-    // The file is another one now.
-    if (metrics_) OpenMetrics();
+    // The file is another one now, and later events are to be forgotten.
+    if (communicator_.rank() == 0) OpenMetrics();
   });
   console_.Warn(
       fmt::format("{}; back to {}, and on with the data after that step's", what, rolled_back_to_));

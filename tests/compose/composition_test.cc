@@ -166,9 +166,8 @@ TEST(Composition, IsAsDocumented) {
          "Refused by this version\n\n"
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
-  for (const char* setting :
-       {"mesh.ep=2", "memory.recompute=\"selective\"", "memory.offload_activations=true",
-        "method.name=\"lora\""}) {
+  for (const char* setting : {"mesh.ep=2", "memory.recompute=\"selective\"",
+                              "memory.offload_activations=true", "method.name=\"lora\""}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";
