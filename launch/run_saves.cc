@@ -53,6 +53,7 @@ void RunSaves::Begin(const SaveInfo& info) {
     Finish();
   }
   console_.Info(fmt::format("save of step {} requested", info.step));
+  failed_step_ = 0;
   under_way_ = UnderWay{info, Clock::now()};
   Agree(communicator_, [&] { saver_->Begin(info.step, step_.State(true)); });
   if (!config_.async) Finish();
@@ -69,15 +70,16 @@ void RunSaves::Advance(bool any_rank_busy) {
     if (!under_way_->committing) return CommitParts();
     Agree(communicator_, [&] { saver_->TakeCommit(); });
   } catch (const Error&) {
-    if (communicator_.rank() == 0) AbandonSave(directory_, under_way_->info.step);
+    failed_step_ = under_way_->info.step;
+    if (communicator_.rank() == 0) AbandonSave(directory_, failed_step_);
     under_way_.reset();
     throw;
   }
   const int64_t step = under_way_->info.step;
+  if (communicator_.rank() != 0) under_way_->durable = Clock::now();
+  const std::chrono::duration<double> took = under_way_->durable - under_way_->requested;
   set_last(SavePath(directory_, step));
-  console_.Info(
-      fmt::format("save of step {} durable after {:.2f} s", step,
-                  std::chrono::duration<double>(Clock::now() - under_way_->requested).count()));
+  console_.Info(fmt::format("save of step {} durable after {:.2f} s", step, took.count()));
   under_way_.reset();
 }
 
@@ -97,9 +99,13 @@ void RunSaves::CommitParts() {
   saver_->Commit([this, parts, info = under_way_->info](const FullDisk& full_disk) {
     before_commit_();
     CommitSave(directory_, info, parts, full_disk);
-    PruneSaves(
-        directory_,
-        {.keep = config_.keep, .keep_every = config_.keep_every, .keep_best = config_.keep_best});
+    under_way_->durable = Clock::now();
+    // What cannot be deleted costs room and nothing else.
+    try {
+      PruneSaves(directory_, {config_.keep, config_.keep_every, config_.keep_best});
+    } catch (const std::exception& e) {
+      console_.Alert(fmt::format("{}: old saves cannot be deleted: {}", directory_, e.what()));
+    }
   });
 }
 

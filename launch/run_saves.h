@@ -48,12 +48,15 @@ class RunSaves {
   // The newest save that is durable; empty before the first.
   const std::string& last() const { return last_; }
   void set_last(const std::string& save);
+  // The step of the last one, if it was written and could not be a save; else 0.
+  int64_t failed_step() const { return failed_step_; }
 
  private:
   struct UnderWay {
     SaveInfo info;
     std::chrono::steady_clock::time_point requested;
     bool committing = false;
+    std::chrono::steady_clock::time_point durable = {};  // on rank 0; the others hear of it later
   };
   void CommitParts();
 
@@ -65,7 +68,7 @@ class RunSaves {
   std::function<void()> before_commit_;
   std::optional<UnderWay> under_way_;
   std::string last_;
-  int64_t all_bytes_ = 0, largest_file_ = 0;
+  int64_t all_bytes_ = 0, largest_file_ = 0, failed_step_ = 0;
   std::optional<Saver> saver_;
 };
 

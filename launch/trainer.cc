@@ -360,20 +360,24 @@ bool Run::IsFinite(const std::function<void()>& saving) {
     return true;
   } catch (const Error& e) {
     // Of all ranks, as saves agree.
-    if (e.kind() != ErrorKind::kConfig || config_.optim.non_finite != "rollback") throw;
-    RollBack(done_, e.message());
+    if (e.kind() != ErrorKind::kConfig || config_.optim.non_finite != "rollback" ||
+        saves_->failed_step() == 0)
+      throw;
+    RollBack(saves_->failed_step(), e.message());
     return false;
   }
 }
 
+// Step `step`, or what its batch led to, is not finite.
 void Run::RollBack(int64_t step, const std::string& what) {
   constexpr int64_t kMost = 3;
-  const int64_t bad = step + data_offset_;
   try {
     saves_->Finish();
   } catch (const Error& e) {
-    if (e.kind() != ErrorKind::kConfig) throw;  // it was not finite, and is none
+    if (e.kind() != ErrorKind::kConfig) throw;
+    step = saves_->failed_step();  // what went wrong there has shown only now
   }
+  const int64_t bad = step + data_offset_;
   Agree(communicator_, [&] {
     if (saves_->last().empty()) Diverged(what + ", and there is no save to go back to");
     if (saves_->last() == rolled_back_to_ && rollbacks_ == kMost)

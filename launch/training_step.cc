@@ -21,14 +21,12 @@ namespace shoal {
 
 namespace {
 
-// A test's batch, on the rank that holds it, whose loss is not finite.
+// Whether this rank holds a token of a test's choice.
 bool Poisoned(std::span<const Batch> batches) {
-  if (!Mutated(Mutation::kPoisonedToken)) return false;
-  const int64_t first = poisoned_token.load();
+  const int64_t first = poisoned_token.load(), end = first + poisoned_tokens.load();
   return std::any_of(batches.begin(), batches.end(), [&](const Batch& batch) {
-    return std::any_of(batch.token_numbers.begin(), batch.token_numbers.end(), [&](int64_t token) {
-      return first <= token && token < first + poisoned_tokens;
-    });
+    return std::any_of(batch.token_numbers.begin(), batch.token_numbers.end(),
+                       [&](int64_t token) { return first <= token && token < end; });
   });
 }
 
@@ -270,7 +268,10 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   Result result;
   result.tokens = static_cast<int64_t>(mesh_.data().Sum(static_cast<double>(labelled)));
   double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
-  if (Poisoned(micro_batches)) normalizer = std::numeric_limits<double>::denorm_min();
+  if (Mutated(Mutation::kInfiniteLoss) && Poisoned(micro_batches))
+    normalizer = std::numeric_limits<double>::denorm_min();
+  if (Mutated(Mutation::kInfiniteUpdate) && Poisoned(micro_batches))
+    lr = std::numeric_limits<double>::infinity();
   const auto at = [&](int i) -> const Batch& { return micro_batches[static_cast<size_t>(i)]; };
   PipelineWork work;
   work.forward = [&](int chunk, int i, const Tensor& in) {

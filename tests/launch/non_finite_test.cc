@@ -18,10 +18,10 @@ class NonFinite : public ProgramTest {
   void TearDown() override { active_mutation = Mutation::kNone; }
 
   // Batches `first` to `last` of the data, from 1.
-  static void Poison(int64_t first, int64_t last) {
+  static void Poison(int64_t first, int64_t last, Mutation what = Mutation::kInfiniteLoss) {
     poisoned_token = (first - 1) * kSequences * kLength + 5;
     poisoned_tokens = (last - first) * kSequences * kLength + 1;
-    active_mutation = Mutation::kPoisonedToken;
+    active_mutation = what;
   }
 
   Config Configured(const char* policy, const std::string& run = "run") const {
@@ -161,6 +161,35 @@ TEST_F(NonFinite, RollbacksEnd) {
   fs::remove_all(Path("run"));
   Poison(1, 1);
   EXPECT_NE(ErrorOf(config, 1).find("there is no save to go back to"), std::string::npos);
+}
+
+// Weights that an update has made infinite are found by the save, before or without a loss that
+// shows it: that save is none, and the run goes back to the one before, or ends there.
+TEST_F(NonFinite, ASaveThatIsNotFiniteIsNone) {
+  for (const int64_t steps : {5, 8}) {
+    for (const int ranks : {1, 2}) {
+      SCOPED_TRACE(fmt::format("{} steps, {} ranks", steps, ranks));
+      Poison(5, 5, Mutation::kInfiniteUpdate);
+      fs::remove_all(Path("run"));
+      Config config = Configured("rollback");
+      config.run.steps = steps;
+      config.checkpoint.every = 1;
+      EXPECT_EQ(Trained(config, ranks), 0);
+      EXPECT_EQ(SavedSteps("run").size(), static_cast<size_t>(steps));
+      EXPECT_EQ(Save(4).info.data_offset, 0);
+      // Whether the save or the next loss shows it first: it is that batch which is passed over.
+      EXPECT_EQ(Save(5).info.data_offset, 1);
+      EXPECT_EQ(Save(steps).info.data_offset, 1);
+      ExpectFiniteSaves();
+      fs::remove_all(Path("run"));
+      config.optim.non_finite = "skip";
+      EXPECT_NE(ErrorOf(config, ranks).find("not finite"), std::string::npos);
+      EXPECT_EQ(SavedSteps("run").back(), 4);
+      ExpectFiniteSaves();
+      for (const auto& entry : fs::directory_iterator(Path("run/checkpoints")))
+        EXPECT_EQ(entry.path().extension(), "") << entry.path();
+    }
+  }
 }
 
 }  // namespace
