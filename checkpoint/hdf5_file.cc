@@ -135,7 +135,7 @@ H5FD_class_t PagesDriver() {
   d.name = "shoal-pages";
   d.maxaddr = (haddr_t{1} << 62) - 1;
   d.fc_degree = H5F_CLOSE_STRONG;
-  d.fapl_size = sizeof(Pages*);
+  d.fapl_size = sizeof(void*);  // a Pages*
   d.open = [](const char*, unsigned, hid_t access, haddr_t) {
     auto* file = new PagesFile{};
     file->pages = *static_cast<Pages* const*>(H5Pget_driver_info(access));

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <filesystem>
 #include <map>
-#include <set>
 
 #include "checkpoint/manifest.h"
 #include "checkpoint/store.h"
@@ -172,7 +171,9 @@ void VerifySave(const std::string& save) {
   const Manifest manifest = ReadManifest(save);
   Files files(save, manifest.all);
   for (const auto& [name, file] : manifest.all.files) files.Open(name);
-  for (const auto& [name, stored] : manifest.all.tensors) {
+  for (const auto& entry : manifest.all.tensors) {
+    const std::string& name = entry.first;
+    const StoredTensor& stored = entry.second;
     int64_t missing = stored.shape.numel();
     for (const StoredPiece& p : stored.pieces) {
       missing -= p.piece.count;
