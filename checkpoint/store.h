@@ -2,15 +2,22 @@
 //   step-00000042/{rank-0000.h5, .., manifest.json}
 // that is written under another name, flushed to the disk, and renamed when complete: a directory
 // with that name is whole, whenever the process or the machine stops. A rank writes the pieces of
-// tensors that it holds; the manifest says where in its tensor each piece lies, and its digest
-// (XXH3-128), checked when it is loaded. So a save is read by any number of ranks, whatever they
-// hold of it.
+// tensors that it holds; the manifest says where in its tensor and in its file each piece lies, and
+// has a digest (XXH3-128) of every 8 MiB of it and of all between the pieces, checked as they are
+// read. So a save is read by any number of ranks, whatever they hold of it; and the files are HDF5
+// to whoever reads them without us.
+//
+// Other names in the directory: step-N.partial is being written, step-N.old is a save that one of
+// the same step replaces, step-N.doomed is being deleted.
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "checkpoint/file_io.h"
 #include "core/state_dict.h"
 
 namespace shoal {
@@ -21,6 +28,11 @@ struct SaveInfo {
   int64_t tokens = 0;
   std::string config;            // the resolved configuration, TOML
   std::string data_fingerprint;  // of the corpus
+  int64_t updates = 0;           // of the optimizer: fewer than steps where some were skipped
+  int64_t data_offset = 0;       // step s reads the batch of step s + data_offset
+  int64_t epoch = 0;             // that the next step reads, from 0
+  std::map<std::string, int64_t> mesh;    // degrees of the ranks that wrote it; for people
+  std::optional<double> validation_loss;  // where it was measured after this step
 };
 
 struct SaveEntry {
@@ -35,41 +47,48 @@ std::string SaveState(const std::string& directory, const SaveInfo& info, const 
 
 // The same by several ranks: one calls BeginSave, then all WritePart, then one CommitSave with what
 // the others' WritePart returned. Every element of a tensor is in one part. After an Error in any
-// of them, AbandonSave takes away what there is.
-void BeginSave(const std::string& directory, int64_t step, int64_t bytes);
+// of them, AbandonSave takes away what there is. (saver.h does it while a run goes on.)
+void BeginSave(const std::string& directory, int64_t step);
 std::string WritePart(const std::string& directory, int64_t step, int rank, const StateDict& state);
 std::string CommitSave(const std::string& directory, const SaveInfo& info,
-                       const std::vector<std::string>& parts);
+                       const std::vector<std::string>& parts, const FullDisk& full_disk = {});
 void AbandonSave(const std::string& directory, int64_t step);
+// Where a save will be, and where its parts are written until then.
+std::string SavePath(const std::string& directory, int64_t step);
+std::string PartialSave(const std::string& directory, int64_t step);
 
-// Complete saves in `directory`, newest first. Names decide; VerifySave looks inside.
+// Complete saves in `directory`, newest first. Names decide; CheckSave and VerifySave look inside.
 std::vector<SaveEntry> ListSaves(const std::string& directory);
 
 // The manifest's part of a save. Error(kStorage) if it is missing or damaged.
 SaveInfo ReadSaveInfo(const std::string& save);
+// The same, and all files are there and of their size. Reads no tensor.
+SaveInfo CheckSave(const std::string& save);
 
-// Reads `state`'s tensors from `save`, converting dtypes, and checks the digests. Error(kStorage)
-// naming the file and the tensor if anything is missing or not as it was written; then some tensors
-// may have been overwritten.
+// Reads `state`'s tensors from `save`, converting dtypes; reads the chunks that they need, one at a
+// time, and checks each. Error(kStorage) naming the file and the tensor if anything is missing or
+// not as it was written; then some tensors may have been overwritten.
 void LoadState(const std::string& save, const StateDict& state);
 
-// Every tensor of the save against its digest. Error(kStorage) as above.
+// Every byte of the save against its digest. Error(kStorage) as above.
 void VerifySave(const std::string& save);
 
-// What a save holds, by name.
-struct StoredTensor {
-  std::string name;  // as StateEntry::name
-  DType dtype = DType::kF32;
-  Dims shape;
+// Which saves stay. Only those that CheckSave accepts count, and at least two of them stay.
+struct Retention {
+  int64_t keep = 2;        // the newest
+  int64_t keep_every = 0;  // those of each so many steps; 0: none
+  bool keep_best = false;  // the one with the least validation loss
+  bool verify = false;     // only those that VerifySave accepts count
 };
-std::vector<StoredTensor> ListTensors(const std::string& save);
+// Deletes the others. Damaged saves go with those that are older than all that `keep` keeps.
+void PruneSaves(const std::string& directory, const Retention& retention);
 
-// Deletes the oldest saves until `keep` are left (at least one).
-void PruneSaves(const std::string& directory, int64_t keep);
+// What a process that was killed has left: a save under the name .old that nothing has replaced
+// gets its own name back, the rest is deleted. For the only process that writes there.
+void RecoverSaves(const std::string& directory);
 
-// Error(kStorage) if the file system of `directory` has less than `bytes` free.
-void CheckFreeSpace(const std::string& directory, int64_t bytes);
-// What a save of `state` takes, up to HDF5's own few kilobytes.
-int64_t SaveBytes(const StateDict& state);
+// Error(kStorage) if the file system of `directory` has less than `bytes` free, or if this process
+// may not write files of `largest_file` bytes.
+void CheckFreeSpace(const std::string& directory, int64_t bytes, int64_t largest_file);
 
 }  // namespace shoal

@@ -41,6 +41,9 @@ class Storage {
   void set_restore(std::function<void()> restore) { restore_ = std::move(restore); }
   // Its values are still arriving.
   void set_pending(bool pending) { pending_ = pending; }
+  void Arrive() const {
+    if (pending_ && restore_) restore_();
+  }
   void Restore() const {
     if ((data_ == nullptr || pending_) && restore_) restore_();
   }

@@ -11,6 +11,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/manifest.h"
 #include "checkpoint/store.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -35,15 +36,13 @@ int OnFirstRank(const std::function<int()>& f) {
   });
 }
 
-void WarnOfOlder(const std::string& what) {
-  WriteToStandardError(fmt::format("shoal: {}; trying an older save\n", what));
-}
+void Warn(const std::string& what) { WriteToStandardError(fmt::format("shoal: {}\n", what)); }
 
 std::string FindOurSave(const std::string& path) {
   if (IsHuggingFace(path))
     SHOAL_FAIL(ErrorKind::kConfig, "checkpoint",
                "{} is a Hugging Face directory: shoal ckpt import makes a save of it", path);
-  return FindSave(path, WarnOfOlder);
+  return FindSave(path, Warn);
 }
 
 struct CheckedSave {
@@ -102,11 +101,11 @@ ordered_json Figure(double value) {
   return std::isfinite(value) ? ordered_json(value) : ordered_json(fmt::format("{}", value));
 }
 
-Tensor ReadTensor(const std::string& save, const StoredTensor& stored) {
+Tensor ReadTensor(const std::string& save, const std::string& name, const StoredTensor& stored) {
   const Tensor tensor = Tensor::Empty(stored.shape, stored.dtype, MemoryClass::kWorkspace);
   Dims zero = stored.shape;
   for (int d = 0; d < zero.rank(); ++d) zero[d] = 0;
-  LoadState(save, {{stored.name, tensor, stored.shape, zero}});
+  LoadState(save, {{name, tensor, stored.shape, zero}});
   return tensor.Reshaped({-1});
 }
 
@@ -136,9 +135,9 @@ void CompareValues(const Tensor& a, const Tensor& b, Difference* difference) {
 
 std::vector<Difference> Compare(const std::string& a, const std::string& b, int64_t* tensors) {
   std::map<std::string, std::pair<const StoredTensor*, const StoredTensor*>> both;
-  const std::vector<StoredTensor> of_a = ListTensors(a), of_b = ListTensors(b);
-  for (const StoredTensor& tensor : of_a) both[tensor.name].first = &tensor;
-  for (const StoredTensor& tensor : of_b) both[tensor.name].second = &tensor;
+  const Part of_a = ReadManifest(a).all, of_b = ReadManifest(b).all;
+  for (const auto& [name, tensor] : of_a.tensors) both[name].first = &tensor;
+  for (const auto& [name, tensor] : of_b.tensors) both[name].second = &tensor;
   *tensors = static_cast<int64_t>(both.size());
   std::vector<Difference> differences;
   for (const auto& [name, pair] : both) {
@@ -149,7 +148,7 @@ std::vector<Difference> Compare(const std::string& a, const std::string& b, int6
     } else if (!(x->shape == y->shape)) {
       difference.what = fmt::format("shape {} and {}", x->shape.ToString(), y->shape.ToString());
     } else {
-      CompareValues(ReadTensor(a, *x), ReadTensor(b, *y), &difference);
+      CompareValues(ReadTensor(a, name, *x), ReadTensor(b, name, *y), &difference);
       if (difference.elements > 0) difference.what = "values";
       if (x->dtype != y->dtype)
         difference.what = fmt::format("dtype {} and {}", Name(x->dtype), Name(y->dtype));
@@ -284,16 +283,12 @@ int CkptDiffCommand(const std::string& a, const std::string& b, bool json) {
 int CkptPruneCommand(const std::string& run, int64_t keep, bool json) {
   return OnFirstRank([&] {
     const RunDirectory locked = RunDirectory::Open(run);
-    const std::vector<CheckedSave> saves = CheckSaves(run);
-    // Damaged saves count for nothing: the newest whole ones stay, and what is newer.
-    size_t kept = 0;
-    for (int64_t whole = 0; kept < saves.size() && whole < keep; ++kept)
-      if (saves[kept].damage.empty()) ++whole;
-    PruneSaves(locked.checkpoints_path(), static_cast<int64_t>(kept));
+    const std::vector<SaveEntry> saves = ListSaves(locked.checkpoints_path());
+    PruneSaves(locked.checkpoints_path(), {.keep = keep, .verify = true});
     ordered_json object = {{"kept", ordered_json::array()}, {"removed", ordered_json::array()}};
     std::error_code ignored;
-    for (const CheckedSave& save : saves)
-      object[fs::exists(save.save.path, ignored) ? "kept" : "removed"].push_back(save.save.path);
+    for (const SaveEntry& save : saves)
+      object[fs::exists(save.path, ignored) ? "kept" : "removed"].push_back(save.path);
     if (json) {
       std::cout << object.dump() << '\n';
       return 0;

@@ -22,10 +22,10 @@ namespace {
 
 using nlohmann::ordered_json;
 
-// To FindSave: one rank speaks for all.
-std::function<void(const std::string&)> WarnOnce(const Communicator& communicator) {
+// To LoadNewest: one rank speaks for all.
+Warn WarnOnce(const Communicator& communicator) {
   return [speaks = communicator.rank() == 0](const std::string& what) {
-    if (speaks) WriteToStandardError(fmt::format("shoal: {}; trying an older save\n", what));
+    if (speaks) WriteToStandardError(fmt::format("shoal: {}\n", what));
   };
 }
 
@@ -124,9 +124,12 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
   return RunRanks(run, [&](Communicator& communicator) {
     LoadedModel loaded;
     OpenedData data;
+    std::optional<DType> precision;
+    Agree(communicator, [&] { precision = Precision(options.precision); });
+    const std::string save =
+        LoadNewest(options.path, communicator, WarnOnce(communicator),
+                   [&](const std::string& found) { loaded = LoadModel(found, precision); });
     Agree(communicator, [&] {
-      const std::string save = FindSave(options.path, WarnOnce(communicator));
-      loaded = LoadModel(save, Precision(options.precision));
       Config& config = loaded.config;
       if (options.sequence_length) config.data.sequence_length = *options.sequence_length;
       ChooseTokenizer(options.tokenizer, save, communicator, &config);
@@ -177,9 +180,12 @@ int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run) {
     LoadedModel loaded;
     std::unique_ptr<Tokenizer> tokenizer;
     std::vector<int32_t> prompt;
+    std::optional<DType> precision;
+    Agree(communicator, [&] { precision = Precision(arguments.precision); });
+    const std::string save =
+        LoadNewest(arguments.path, communicator, WarnOnce(communicator),
+                   [&](const std::string& found) { loaded = LoadModel(found, precision); });
     Agree(communicator, [&] {
-      const std::string save = FindSave(arguments.path, WarnOnce(communicator));
-      loaded = LoadModel(save, Precision(arguments.precision));
       ChooseTokenizer(arguments.tokenizer, save, communicator, &loaded.config);
       tokenizer = MakeTokenizer(loaded.config.data.tokenizer);
       prompt = tokenizer->Encode(arguments.prompt);

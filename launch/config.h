@@ -62,6 +62,7 @@ struct OptimConfig {
   int64_t warmup_steps = 0;
   double min_lr_fraction = 0.1;
   double decay_fraction = 0.2;
+  std::string non_finite = "halt";
   bool operator==(const OptimConfig&) const = default;
 };
 
@@ -117,8 +118,11 @@ struct MethodConfig {
 struct CheckpointConfig {
   int64_t every = 0;  // 0: only at the end
   int64_t keep = 2;
-  bool async = false;
-  int64_t staging = int64_t{64} << 20;  // bytes
+  int64_t keep_every = 0;  // 0: none
+  bool keep_best = false;
+  bool async = true;
+  int64_t staging = int64_t{256} << 20;  // bytes
+  double full_disk_wait = 600;           // seconds
   bool operator==(const CheckpointConfig&) const = default;
 };
 

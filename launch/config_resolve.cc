@@ -234,7 +234,15 @@ void CheckSupported(const Config& config) {
   later(config.sequence.schedule == "hybrid", "sequence.schedule = \"hybrid\"");
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
   later(config.method.name != "full", fmt::format("method.name = \"{}\"", config.method.name));
-  later(config.checkpoint.async, "checkpoint.async = true");
+  const CheckpointConfig& c = config.checkpoint;
+  const int64_t validate = config.run.validate_every;
+  if (c.keep_best && (validate == 0 || config.data.validation_fraction == 0 || c.every == 0 ||
+                      c.every % validate != 0))
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "checkpoint.keep_best compares saves by their validation loss: set "
+               "data.validation_fraction, and run.validate_every to {}",
+               c.every == 0 ? "a divisor of checkpoint.every, which is to be set"
+                            : DivisorsNear(c.every, std::max<int64_t>(validate, 1)));
 }
 
 }  // namespace shoal

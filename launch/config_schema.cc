@@ -40,9 +40,10 @@ class Key : public ConfigKey {
     required = true;
     return std::move(*this);
   }
-  Key&& Bytes() && {
+  Key&& Bytes() && { return std::move(*this).BytesFrom(1); }
+  Key&& BytesFrom(double least) && {
     bytes = true;
-    return std::move(*this).In(1, kNoLimit);
+    return std::move(*this).In(least, kNoLimit);
   }
   Key&& LeftOut(const char* meaning) && {
     left_out = meaning;
@@ -128,6 +129,10 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(optim, warmup_steps, "steps of linear warm-up").In(0, kNoLimit),
       KEY(optim, min_lr_fraction, "learning rate at the end, as a share of lr").In(0, 1),
       KEY(optim, decay_fraction, "share of the steps, the last, in which wsd decays").In(0, 1),
+      KEY(optim, non_finite,
+          "a step whose loss or gradient is not finite ends the run, is not applied (ten in a row "
+          "end it), or sends the run back to its newest save and past the batch (three times)")
+          .OneOf({"halt", "skip", "rollback"}),
 
       KEY(mesh, dp, "data-parallel replicas").In(1, kDegree).LeftOut("fills the ranks there are"),
       KEY(mesh, tp, "tensor-parallel ranks").In(1, kDegree),
@@ -181,9 +186,20 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"full", "lora", "sltrain", "peqa", "l4q"}),
 
       KEY(checkpoint, every, "save after each so many steps; 0: only at the end").In(0, kNoLimit),
-      KEY(checkpoint, keep, "saves that are kept").In(1, kDegree),
+      KEY(checkpoint, keep,
+          "newest saves that are kept; only valid ones count, and two stay even if it is 1")
+          .In(1, kDegree),
+      KEY(checkpoint, keep_every, "the saves of each so many steps are kept too; 0: none")
+          .In(0, kNoLimit),
+      KEY(checkpoint, keep_best,
+          "the save with the least validation loss is kept too; saves must fall on validations"),
       KEY(checkpoint, async, "write while training goes on"),
-      KEY(checkpoint, staging, "memory for a save on its way").Bytes(),
+      KEY(checkpoint, staging,
+          "memory of each rank for a save on its way; a state that is larger passes through it")
+          .BytesFrom(1 << 20),
+      KEY(checkpoint, full_disk_wait,
+          "seconds that a save waits for room on a full disk before the run ends")
+          .In(0, kNoLimit),
   };
 }
 
@@ -207,7 +223,9 @@ struct AllowedVisitor {
     return text;
   }
   std::string operator()(int64_t*) const {
-    if (key.bytes) return "bytes, as an integer or as \"64MiB\", \"6GiB\"";
+    if (key.bytes)
+      return fmt::format("bytes, as an integer or as \"64MiB\", \"6GiB\"{}",
+                         key.low > 1 ? fmt::format("; {:.0f} or more", key.low) : "");
     return "an integer, " + RangeText(key);
   }
   std::string operator()(double*) const { return "a number, " + RangeText(key); }

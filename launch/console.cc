@@ -149,6 +149,14 @@ void Console::Warn(std::string_view text) {
                                    terminal.color ? kReset : ""));
 }
 
+void Console::Alert(std::string_view text) const {
+  if (log_) log_->Write(spdlog::level::warn, text);
+  const Terminal terminal = TerminalOf(STDERR_FILENO);
+  WriteToStandardError(fmt::format("{}{}shoal: {}{}\n", terminal.interactive ? kClearLine : "",
+                                   terminal.color ? kYellow : "", text,
+                                   terminal.color ? kReset : ""));
+}
+
 double Console::SecondsLeft(int64_t step, int64_t steps) const {
   // The first step is slow (memory is touched, kernels are made), so it counts once and not for
   // all.

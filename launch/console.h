@@ -34,6 +34,8 @@ class Console {
 
   void Info(std::string_view text);
   void Warn(std::string_view text);  // to standard error
+  // The same from any rank and any thread: what may keep a run waiting.
+  void Alert(std::string_view text) const;
   // Progress after a step: step 1 and the last, steps with a validation, and each `log_every`.
   void Step(const StepMetrics& metrics, int64_t steps, int64_t log_every);
   void EndProgress();  // takes the bar away

@@ -20,6 +20,7 @@
 #include <optional>
 #include <sstream>
 
+#include "checkpoint/file_io.h"
 #include "checkpoint/hdf5_file.h"
 #include "core/base/build_config.h"
 #include "core/base/error.h"
@@ -297,10 +298,16 @@ Check CheckHdf5(const std::string& directory) {
   try {
     const std::array<float, 3> written = {1.5f, -0.0f, 3e38f};
     std::array<float, 3> back{};
-    Hdf5File file = Hdf5File::Create(path);
-    file.Write("a/b", DType::kF32, {3}, written.data());
-    file.Close();
-    Hdf5File::Open(path).Read("a/b", DType::kF32, {3}, back.data());
+    const Hdf5Array array = {"a/b", DType::kF32, {3}};
+    const Hdf5Layout layout = LayOutHdf5({array});
+    File file = File::Create(path);
+    const char* frame = layout.frame.data();
+    for (const Extent& gap : Gaps({{layout.offsets[0], array.bytes()}}, layout.size)) {
+      file.Write(frame, gap.bytes, gap.at, {});
+      frame += gap.bytes;
+    }
+    file.Write(written.data(), array.bytes(), layout.offsets[0], {});
+    ReadHdf5(path, array, back.data());
     SHOAL_CHECK(written == back, "HDF5", "an array reads back as another");
     check.found = "an array is written and reads back";
   } catch (const Error& e) {

@@ -11,6 +11,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/manifest.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/store.h"
 #include "data/file.h"
@@ -83,7 +84,7 @@ void WriteFile(const std::string& path, std::string_view text) {
 class Exporter {
  public:
   Exporter(const std::string& save, DType dtype) : save_(save), dtype_(dtype) {
-    for (const StoredTensor& tensor : ListTensors(save)) stored_[tensor.name] = tensor.dtype;
+    for (const auto& [name, tensor] : ReadManifest(save).all.tensors) stored_[name] = tensor.dtype;
   }
 
   SafetensorsWriter::Entry EntryOf(const HuggingFaceTensor& tensor) const {
@@ -141,7 +142,7 @@ Interchange ExportHuggingFace(const std::string& save, const std::string& out,
   const Exporter exporter(save, result.dtype);
   // Full files in the order of the model.
   std::vector<std::vector<HuggingFaceTensor>> shards(1);
-  int64_t filled = 0;
+  int64_t filled = 0, largest = 0;
   for (const HuggingFaceTensor& tensor : HuggingFaceTensors(model)) {
     const int64_t bytes = exporter.EntryOf(tensor).bytes();
     if (filled > 0 && filled + bytes > options.shard_bytes) {
@@ -150,11 +151,12 @@ Interchange ExportHuggingFace(const std::string& save, const std::string& out,
     }
     shards.back().push_back(tensor);
     filled += bytes;
+    largest = std::max(largest, filled);
     result.bytes += bytes;
     ++result.tensors;
   }
   NewDirectory directory(out);
-  CheckFreeSpace(directory.parent(), result.bytes);
+  CheckFreeSpace(directory.parent(), result.bytes, largest);
   nlohmann::ordered_json index = {{"metadata", {{"total_size", result.bytes}}}};
   for (size_t i = 0; i < shards.size(); ++i) {
     const std::string file =
@@ -193,17 +195,18 @@ Interchange ImportHuggingFace(const std::string& path, const std::string& out) {
   result.dtype = ComputeDType(config);
   const auto parameters = BuildModel(theirs.config())->Parameters();
   NewDirectory directory(out);
+  constexpr int64_t kPartBytes = 512 << 20;  // of tensors that are held at a time
   const auto total = ParameterCount(theirs.config()) * static_cast<int64_t>(SizeOf(result.dtype));
-  BeginSave(directory.made(), 0, total);
-  constexpr size_t kPartBytes = 512 << 20;  // of tensors that are held at a time
+  CheckFreeSpace(directory.made(), total, std::min<int64_t>(total, 2 * kPartBytes));
+  BeginSave(directory.made(), 0);
   std::vector<std::string> parts;
   for (size_t next = 0; next < parameters.size();) {
     StateDict part;
-    for (size_t bytes = 0; next < parameters.size() && bytes < kPartBytes; ++next) {
+    for (int64_t bytes = 0; next < parameters.size() && bytes < kPartBytes; ++next) {
       const Parameter& p = *parameters[next];
       const Tensor value = Tensor::Empty(p.shape(), result.dtype, MemoryClass::kWorkspace);
       part.push_back({"model/" + p.name(), value, p.shape(), p.offset()});
-      bytes += value.bytes();
+      bytes += static_cast<int64_t>(value.bytes());
     }
     theirs.Load(part);
     for (const StateEntry& entry : part) result.bytes += static_cast<int64_t>(entry.tensor.bytes());

@@ -17,6 +17,7 @@
 #include "launch/report.h"
 #include "launch/signals.h"
 #include "launch/suggest.h"
+#include "launch/torture.h"
 
 namespace {
 
@@ -55,6 +56,7 @@ class Program {
     AddData();
     AddDoctor();
     AddReport();
+    AddTorture();
   }
 
   int Run(int argc, char** argv) {
@@ -232,7 +234,7 @@ class Program {
             [this] { return CkptDiffCommand(path_, output_, json_); });
     c->add_option("a", path_, "run directory (its newest save) or save")->required();
     c->add_option("b", output_, "another")->required();
-    c = add("prune", "delete what is older than the newest whole saves",
+    c = add("prune", "delete what is older than the newest whole saves, of which two stay",
             [this] { return CkptPruneCommand(path_, keep_, json_); });
     c->add_option("run", path_, "run directory")->required();
     c->add_option("--keep", keep_, "so many whole saves")->required()->check(CLI::PositiveNumber);
@@ -282,6 +284,26 @@ class Program {
     c->add_option("--output", output_, "left out: report.html in the run");
     AddJson(c);
   }
+  void AddTorture() {
+    CLI::App* c = Command("torture",
+                          "kill a copy of a run again and again, fill its disk, flip bits", [this] {
+                            torture_.local_ranks = ranks_.local_ranks;
+                            torture_.json = json_;
+                            return TortureCommand(torture_);
+                          });
+    c->add_option("run", torture_.run, "run directory; it is only read")->required();
+    c->add_option("--kills", torture_.kills, "how often the copy is killed")
+        ->capture_default_str()
+        ->check(CLI::Range(0, 1000000));
+    c->add_option("--flips", torture_.flips, "how many saves are damaged")
+        ->capture_default_str()
+        ->check(CLI::Range(0, 1000000));
+    c->add_option("--seed", torture_.seed, "of when and where")->capture_default_str();
+    c->add_option("--local-ranks", ranks_.local_ranks, "ranks as threads of the copy")
+        ->capture_default_str()
+        ->check(CLI::Range(1, 1024));
+    AddJson(c);
+  }
   CLI::App app_{"Shoal trains large models in little memory, on many ranks."};
   std::function<int()> command_;
   std::vector<std::string> words_;
@@ -291,6 +313,7 @@ class Program {
   GenerateArguments generate_;
   BuildOptions build_;
   CkptExportArguments export_;
+  TortureOptions torture_;
   int plan_ranks_ = 1;
   int64_t verify_steps_ = 10, keep_ = 1;
   bool json_ = false;

@@ -1,15 +1,12 @@
 #include "launch/metrics.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "core/base/error.h"
 #include "data/file.h"
@@ -88,6 +85,7 @@ std::string ToJsonLine(const StepMetrics& m) {
       Float(m.host_gap_seconds));
   if (m.validation_loss)
     line += fmt::format(", \"validation_loss\": {}", Float(*m.validation_loss));
+  if (m.skipped) line += ", \"skipped\": true";
   return line + "}";
 }
 
@@ -107,38 +105,22 @@ std::optional<StepMetrics> ParseMetrics(std::string_view line) {
     m.host_gap_seconds = FloatOf(object.at("host_gap_seconds"));
     if (object.contains("validation_loss"))
       m.validation_loss = FloatOf(object.at("validation_loss"));
+    m.skipped = object.value("skipped", false);
     return m;
   } catch (const json::exception&) {
     return std::nullopt;
   }
 }
 
-MetricsWriter::MetricsWriter(std::string path) : path_(std::move(path)) {
-  file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-  if (file_ < 0)
-    SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_, std::strerror(errno));
-}
-
-MetricsWriter::~MetricsWriter() {
-  if (file_ >= 0) close(file_);
-}
+MetricsWriter::MetricsWriter(const std::string& path, FullDisk full_disk)
+    : file_(File::OpenToAppend(path)), full_disk_(std::move(full_disk)) {}
 
 void MetricsWriter::Write(const StepMetrics& metrics) {
   const std::string line = ToJsonLine(metrics) + "\n";
-  for (size_t done = 0; done < line.size();) {
-    const ssize_t n = write(file_, line.data() + done, line.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0)
-      SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_,
-                 std::strerror(errno));
-    done += static_cast<size_t>(n);
-  }
+  file_.Append(line.data(), std::ssize(line), full_disk_);
 }
 
-void MetricsWriter::Sync() {
-  if (fsync(file_) != 0)
-    SHOAL_FAIL(ErrorKind::kStorage, "metrics", "cannot write {}: {}", path_, std::strerror(errno));
-}
+void MetricsWriter::Sync() { file_.Flush(); }
 
 MetricsFile ReadMetrics(const std::string& path) {
   MetricsFile out;

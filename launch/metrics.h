@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint/file_io.h"
+
 namespace shoal {
 
 // In the order in which they are written.
@@ -28,6 +30,7 @@ struct StepMetrics {
   NamedBytes wire_bytes;  // sent by this rank in this step, by mesh axis and "control"
   double host_gap_seconds = 0;
   std::optional<double> validation_loss;  // after the update, where it was measured
+  bool skipped = false;                   // nothing was updated, as the loss or norm was not finite
 
   bool operator==(const StepMetrics&) const = default;
 };
@@ -39,17 +42,14 @@ std::optional<StepMetrics> ParseMetrics(std::string_view line);
 
 class MetricsWriter {
  public:
-  explicit MetricsWriter(std::string path);  // appends
-  ~MetricsWriter();
-  MetricsWriter(const MetricsWriter&) = delete;
-  MetricsWriter& operator=(const MetricsWriter&) = delete;
+  explicit MetricsWriter(const std::string& path, FullDisk full_disk = {});  // appends
   // Each line is one write: a reader sees whole lines, and a killed process tears at most the last.
   void Write(const StepMetrics& metrics);
   void Sync();  // with every checkpoint
 
  private:
-  std::string path_;
-  int file_ = -1;
+  File file_;
+  FullDisk full_disk_;
 };
 
 struct MetricsFile {

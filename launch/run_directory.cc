@@ -113,7 +113,8 @@ struct Undo {
 }  // namespace
 
 RunDirectory RunDirectory::Create(const std::string& path, std::string_view config_toml,
-                                  std::string_view plan_json, int64_t save_bytes) {
+                                  std::string_view plan_json, int64_t save_bytes,
+                                  int64_t largest_file) {
   std::error_code error;
   fs::path run = Normal(path);
   const auto taken = [&] {
@@ -143,7 +144,7 @@ RunDirectory RunDirectory::Create(const std::string& path, std::string_view conf
                      error.message()));
   RemoveStale(run);
   try {
-    CheckFreeSpace(undo.parent.string(), save_bytes);
+    CheckFreeSpace(undo.parent.string(), save_bytes, largest_file);
   } catch (const Error& e) {
     Fail(fmt::format("no place for run.dir {}: {}", path, e.message()));
   }

@@ -12,10 +12,12 @@ namespace shoal {
 
 class RunDirectory {
  public:
-  // Rank 0 of a new run, of which a save takes `save_bytes`. Error(kStorage) if there is a run
-  // already, or anything that is not an empty directory, or no space; then nothing is left behind.
+  // Rank 0 of a new run, of which a save takes `save_bytes`, its largest file `largest_file`.
+  // Error(kStorage) if there is a run already, or anything that is not an empty directory, or no
+  // space; then nothing is left behind.
   static RunDirectory Create(const std::string& path, std::string_view config_toml,
-                             std::string_view plan_json, int64_t save_bytes = 0);
+                             std::string_view plan_json, int64_t save_bytes = 0,
+                             int64_t largest_file = 0);
   // Rank 0 of a run that goes on.
   static RunDirectory Open(const std::string& path);
   // The other ranks and readers; takes no lock.
@@ -34,7 +36,8 @@ class RunDirectory {
   // Pictures of a pipeline's last step; only if there is one.
   std::string pipeline_path() const { return path_ + "/pipeline.json"; }
   std::string metrics_path() const { return path_ + "/metrics.jsonl"; }
-  std::string checkpoints_path() const { return path_ + "/checkpoints"; }
+  std::string checkpoints_path() const { return CheckpointsPath(path_); }
+  static std::string CheckpointsPath(const std::string& run) { return run + "/checkpoints"; }
   std::string log_path(int rank) const;
   std::string sample_path() const { return path_ + "/sample.txt"; }
   std::string report_path() const { return path_ + "/report.html"; }

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <sstream>
 
 #include "core/base/thread_count.h"
 #include "core/init.h"
+#include "launch/bootstrap.h"
 #include "launch/hugging_face.h"
 #include "launch/run_directory.h"
 
@@ -136,26 +138,88 @@ std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, cons
   return batches;
 }
 
-std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn) {
-  if (fs::exists(fs::path(path) / "manifest.json")) {
-    VerifySave(path);
-    return path;
+namespace {
+
+// "RUN holds no valid save: all are damaged", and what is wrong with each.
+[[noreturn]] void NoValidSave(const std::string& path, const std::vector<std::string>& reasons) {
+  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} holds no valid save: {}{}", path,
+             reasons.empty() ? "the run ended before its first" : "all are damaged\n",
+             fmt::join(reasons, "\n"));
+}
+
+bool IsSave(const std::string& path) { return fs::exists(fs::path(path) / "manifest.json"); }
+
+std::vector<std::string> Saves(const std::string& path, const Warn& warn,
+                               std::vector<std::string>* reasons) {
+  if (IsSave(path)) {
+    CheckSave(path);
+    return {path};
   }
   if (!fs::exists(path)) SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} does not exist", path);
-  if (IsHuggingFace(path)) return path;
-  const std::string directory = RunDirectory::Attach(path).checkpoints_path();
-  const std::vector<SaveEntry> saves = ListSaves(directory);
-  for (const SaveEntry& save : saves) {
+  if (IsHuggingFace(path)) return {path};
+  std::vector<std::string> saves;
+  for (const SaveEntry& save : ListSaves(RunDirectory::Attach(path).checkpoints_path())) {
     try {
-      VerifySave(save.path);
-      return save.path;
+      CheckSave(save.path);
+      saves.push_back(save.path);
     } catch (const Error& e) {
       if (e.kind() != ErrorKind::kStorage) throw;
-      warn(e.message());
+      reasons->push_back(e.message());
+      warn(e.message() + "; trying an older save");
     }
   }
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} holds no valid save{}", path,
-             saves.empty() ? ": the run ended before its first" : ": all are damaged");
+  if (saves.empty()) NoValidSave(path, *reasons);
+  return saves;
+}
+
+}  // namespace
+
+std::vector<std::string> FindSaves(const std::string& path, const Warn& warn) {
+  std::vector<std::string> reasons;
+  return Saves(path, warn, &reasons);
+}
+
+std::string FindSave(const std::string& path, const Warn& warn) {
+  std::vector<std::string> reasons;
+  for (const std::string& save : FindSaves(path, warn)) {
+    if (IsHuggingFace(save)) return save;
+    try {
+      VerifySave(save);
+      return save;
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kStorage || save == path) throw;
+      reasons.push_back(e.message());
+      warn(e.message() + "; trying an older save");
+    }
+  }
+  NoValidSave(path, reasons);
+}
+
+std::string LoadNewest(const std::string& path, Communicator& communicator, const Warn& warn,
+                       const std::function<void(const std::string&)>& load) {
+  // What rank 0 finds is what all try. No path holds a zero.
+  constexpr std::string_view kEnd("\0", 1);
+  std::vector<std::string> reasons;
+  std::string found;
+  Agree(communicator, [&] {
+    if (communicator.rank() == 0)
+      found = fmt::format("{}", fmt::join(Saves(path, warn, &reasons), kEnd));
+  });
+  std::istringstream saves(communicator.AllGatherStrings(found)[0]);
+  for (std::string save; std::getline(saves, save, kEnd[0]);) {
+    try {
+      Agree(communicator, [&] { load(save); });
+      return save;
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kStorage || save == path) throw;
+      reasons.push_back(communicator.size() > 1
+                            ? fmt::format("{} (found by rank {})", e.message(), e.rank())
+                            : e.message());
+      warn(reasons.back() + "; trying an older save");
+    }
+  }
+  Agree(communicator, [&] { NoValidSave(path, reasons); });
+  return "";
 }
 
 Config WeightsConfig(const ModelConfig& shape, const std::string& tokenizer, DType dtype) {
@@ -198,6 +262,7 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
 
 void ResolveFrom(Config* config) {
   if (!config->model.from) return;
+  // Its weights are read much later, and by every rank for itself: looked through now.
   const std::string save = FindSave(*config->model.from, [](const std::string&) {});
   config->model.from = save;
   ResolveModelFrom(config, IsHuggingFace(save) ? HuggingFaceModel(save).config()

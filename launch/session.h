@@ -29,19 +29,29 @@ PassShape PassOf(const Config& config, const BatchPlan& plan);
 // A rank's share of this machine's memory, if `ranks` run on it.
 int64_t MemoryOfRank(int ranks);
 
-// What replica `replica` computes in step `step` (from 1), a batch per pass.
+// What replica `replica` computes in step `step` (from 1), a batch per pass. After a rollback a run
+// reads other batches than its steps' own: `step` is then the batch's.
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
                                int64_t step, int64_t replica);
 
-// `path` is a run (then its newest save that is whole; damaged ones are passed over, with a line to
-// `warn` each), a save, or a Hugging Face directory. Error(kStorage) with the reason if there is
-// none.
-std::string FindSave(const std::string& path, const std::function<void(const std::string&)>& warn);
+using Warn = std::function<void(const std::string&)>;
+// Saves that may be read, newest first: those of a run whose manifest and file sizes are right (the
+// others are named to `warn`), or `path` itself if it is a save or a Hugging Face
+// directory. Error(kStorage) with the reason of
+// each if there is none.
+std::vector<std::string> FindSaves(const std::string& path, const Warn& warn);
+// The newest of them whose every byte is as it was written.
+std::string FindSave(const std::string& path, const Warn& warn);
+// Calls `load` on every rank with the newest of them, and with the next older one where it throws
+// Error(kStorage) on any: all ranks go on from the same save, whose path is returned. Every damage
+// is named to `warn`, or if no save is left in Error(kStorage). Collective.
+std::string LoadNewest(const std::string& path, Communicator& communicator, const Warn& warn,
+                       const std::function<void(const std::string&)>& load);
 
 // A configuration that says what a model of this shape is, and nothing of its training or data.
 Config WeightsConfig(const ModelConfig& shape, const std::string& tokenizer, DType dtype);
 
-// A model to read from, by what FindSave gave: its configuration as it was trained (data.path is
+// A model to read from, by what FindSaves gave: its configuration as it was trained (data.path is
 // empty where only weights are known), and its weights in `compute`.
 struct LoadedModel {
   Config config;

@@ -1,6 +1,7 @@
 #include "launch/signals.h"
 
 #include <signal.h>
+#include <unistd.h>
 
 #include <atomic>
 
@@ -12,6 +13,19 @@ static_assert(std::atomic<bool>::is_always_lock_free);
 
 void OnStop(int) { stop.store(true); }
 void OnSave(int) { save.store(true); }
+
+// One that cannot be removed would come again with every step: it counts once.
+bool Take(const std::string& path, std::atomic<bool>& kept) {
+  if (access(path.c_str(), F_OK) != 0) {
+    kept = false;
+    return false;
+  }
+  const bool again = kept.load();
+  kept = unlink(path.c_str()) != 0;
+  return !again;
+}
+std::atomic<bool> stop_kept = false, save_kept = false;
+
 }  // namespace
 
 void ReportFileLimits() { signal(SIGXFSZ, SIG_IGN); }
@@ -31,5 +45,11 @@ void InstallSignalHandlers() {
 
 bool StopRequested() { return stop.load(); }
 bool TakeSaveRequested() { return save.exchange(false); }
+
+Request TakeRequestFile(const std::string& run) {
+  const bool stop_asked = Take(run + "/stop", stop_kept);
+  const bool save_asked = Take(run + "/save", save_kept);
+  return stop_asked ? Request::kStop : save_asked ? Request::kSave : Request::kNone;
+}
 
 }  // namespace shoal

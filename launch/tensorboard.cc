@@ -1,16 +1,14 @@
 #include "launch/tensorboard.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
-
-#include "core/base/error.h"
+#include <filesystem>
+#include <utility>
 
 namespace shoal {
 namespace {
@@ -70,6 +68,20 @@ constexpr std::array<uint32_t, 256> MakeCrcTable() {
 // TFRecord's mask, so that a CRC of data that holds CRCs is not weak.
 uint32_t MaskedCrc(std::string_view data) { return std::rotr(Crc32c(data), 15) + 0xa282ead8u; }
 
+// TensorBoard reads a run's files in the order of their names, which is that of time. Two starts
+// within a second, of one process, differ by the last number.
+std::string EventPath(const std::string& directory) {
+  char host[256] = "host";
+  gethostname(host, sizeof(host) - 1);
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();
+  for (int n = 0;; ++n) {
+    std::string path = fmt::format("{}/events.out.tfevents.{:010}.{}.{}.{}", directory, seconds,
+                                   host, getpid(), n);
+    if (!std::filesystem::exists(path)) return path;
+  }
+}
+
 }  // namespace
 
 uint32_t Crc32c(std::string_view data) {
@@ -79,28 +91,11 @@ uint32_t Crc32c(std::string_view data) {
   return ~c;
 }
 
-TensorBoardWriter::TensorBoardWriter(const std::string& directory) {
-  char host[256] = "host";
-  gethostname(host, sizeof(host) - 1);
-  const auto now = std::chrono::system_clock::now().time_since_epoch();
-  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();
-  // TensorBoard reads a run's files in the order of their names, which is that of time. Two starts
-  // within a second, of one process, differ by the last number.
-  for (int n = 0; file_ < 0; ++n) {
-    path_ = fmt::format("{}/events.out.tfevents.{:010}.{}.{}.{}", directory, seconds, host,
-                        getpid(), n);
-    file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
-    if (file_ < 0 && errno != EEXIST)
-      SHOAL_FAIL(ErrorKind::kStorage, "tensorboard", "cannot write {}: {}", path_,
-                 std::strerror(errno));
-  }
+TensorBoardWriter::TensorBoardWriter(const std::string& directory, FullDisk full_disk)
+    : file_(File::Create(EventPath(directory))), full_disk_(std::move(full_disk)) {
   std::string event = Event(0);
   PutBytes(&event, 3, "brain.Event:2");
   Append(event);
-}
-
-TensorBoardWriter::~TensorBoardWriter() {
-  if (file_ >= 0) close(file_);
 }
 
 void TensorBoardWriter::Append(std::string_view event) {
@@ -109,14 +104,7 @@ void TensorBoardWriter::Append(std::string_view event) {
   PutFixed(&record, MaskedCrc(record));
   record.append(event);
   PutFixed(&record, MaskedCrc(event));
-  for (size_t done = 0; done < record.size();) {
-    const ssize_t n = write(file_, record.data() + done, record.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0)
-      SHOAL_FAIL(ErrorKind::kStorage, "tensorboard", "cannot write {}: {}", path_,
-                 std::strerror(errno));
-    done += static_cast<size_t>(n);
-  }
+  file_.Append(record.data(), std::ssize(record), full_disk_);
 }
 
 void TensorBoardWriter::Write(const StepMetrics& m) {

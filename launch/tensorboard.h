@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "checkpoint/file_io.h"
 #include "launch/metrics.h"
 
 namespace shoal {
@@ -14,21 +15,18 @@ namespace shoal {
 class TensorBoardWriter {
  public:
   // A new event file in `directory`; every start of a run has its own.
-  explicit TensorBoardWriter(const std::string& directory);
-  ~TensorBoardWriter();
-  TensorBoardWriter(const TensorBoardWriter&) = delete;
-  TensorBoardWriter& operator=(const TensorBoardWriter&) = delete;
+  explicit TensorBoardWriter(const std::string& directory, FullDisk full_disk = {});
 
   // Bytes by class and by axis are written where they changed. When the first step is not step 1,
   // TensorBoard is told to forget what earlier files have of it and of later steps.
   void Write(const StepMetrics& metrics);
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return file_.path(); }
 
  private:
   void Append(std::string_view event);
 
-  std::string path_;
-  int file_ = -1;
+  File file_;
+  FullDisk full_disk_;
   bool started_ = false;
   std::map<std::string, int64_t> last_bytes_;
 };

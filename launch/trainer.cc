@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <optional>
 
 #include "core/context.h"
@@ -13,6 +14,7 @@
 #include "launch/metrics.h"
 #include "launch/plan.h"
 #include "launch/run_directory.h"
+#include "launch/run_saves.h"
 #include "launch/session.h"
 #include "launch/signals.h"
 #include "launch/tensorboard.h"
@@ -74,13 +76,6 @@ void CheckSameChoice(const TrainingOptions& options, Communicator& communicator)
       other - all.begin());
 }
 
-[[noreturn]] void Diverged(const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kConfig, "train",
-             "{}: the run has diverged and was not saved. Lower optim.lr, warm up longer, or set "
-             "optim.clip",
-             what);
-}
-
 class Run {
  public:
   Run(Config config, Communicator& communicator)
@@ -119,12 +114,12 @@ class Run {
   // Rank 0 makes the directory; the others use it once it is there. One in which no rank could
   // begin is taken away again.
   void CreateDirectory() {
-    const auto save_bytes =
-        static_cast<int64_t>(communicator_.Sum(static_cast<double>(SaveBytes(step_->State(true)))));
+    PlanSaves();
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
       directory_.emplace(RunDirectory::Create(config_.run.dir, WriteConfig(config_),
-                                              PlanJson(forecast_), save_bytes));
+                                              PlanJson(forecast_), saves_->all_bytes(),
+                                              saves_->largest_file()));
     });
     try {
       Agree(communicator_, [&] {
@@ -137,52 +132,63 @@ class Run {
     }
   }
 
-  // The save that a run goes on from. False if it is the last: the run is finished.
-  bool FindLastSave(const std::string& run) {
+  // Takes a run that goes on. True if its last step is saved, and that save is whole: no load will
+  // look at it.
+  bool OpenFinished(const std::string& run) {
     Agree(communicator_, [&] {
       directory_.emplace(communicator_.rank() == 0 ? RunDirectory::Open(run)
                                                    : RunDirectory::Attach(run));
-      if (communicator_.rank() == 0) {
-        last_save_ = FindSave(
-            run, [&](const std::string& what) { console_.Warn(what + "; trying an older save"); });
+      if (communicator_.rank() != 0) return;
+      RecoverSaves(directory_->checkpoints_path());
+      for (const std::string& save : FindSaves(run, [](const std::string&) {})) {
+        if (ReadSaveInfo(save).step < config_.run.steps) return;
+        try {
+          VerifySave(save);
+          finished_ = save;
+          return;
+        } catch (const Error&) {
+          // The load finds it again, and says so.
+        }
       }
     });
-    last_save_ = communicator_.AllGatherStrings(last_save_)[0];
-    Agree(communicator_, [&] { save_ = ReadSaveInfo(last_save_); });
-    done_ = save_.step;
-    tokens_ = save_.tokens;
-    return done_ < config_.run.steps;
+    finished_ = communicator_.AllGatherStrings(finished_)[0];
+    return !finished_.empty();
   }
 
   void LoadLastSave() {
-    Agree(communicator_, [&] {
-      if (save_.data_fingerprint != data_.fingerprint) {
-        SHOAL_FAIL(ErrorKind::kData, "resume",
-                   "{} is not the corpus that the run was trained on: it has changed since. "
-                   "Restore it, or start a "
-                   "new run with model.from = \"{}\"",
-                   config_.data.path, last_save_);
-      }
-    });
     step_.emplace(options_, communicator_);
+    PlanSaves();
+    LoadSave();
     Agree(communicator_, [&] {
-      LoadState(last_save_, step_->State());
-      step_->optimizer().set_step(save_.step);
-      if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), save_.step);
+      if (communicator_.rank() == 0)
+        CheckFreeSpace(directory_->checkpoints_path(), saves_->all_bytes(), saves_->largest_file());
     });
-    step_->optimizer().ShareValues();
     OpenFiles();
   }
 
   int Loop();
 
-  const std::string& last_save() const { return last_save_; }
-  int64_t done() const { return done_; }
+  const std::string& finished() const { return finished_; }
   Console& console() { return console_; }
 
  private:
+  void PlanSaves() {
+    saves_.emplace(config_.checkpoint, communicator_, console_,
+                   RunDirectory::CheckpointsPath(config_.run.dir), *step_,
+                   [this] { metrics_->Sync(); });
+  }
   void OpenFiles();
-  void Step(int64_t step);
+  void OpenMetrics() {
+    const FullDisk full_disk = WaitForRoom(config_.checkpoint, console_);
+    metrics_.emplace(directory_->metrics_path(), full_disk);
+    tensorboard_.emplace(directory_->path(), full_disk);
+  }
+  void LoadSave();
+  Request Asked() const;
+  bool Step(int64_t step);
+  bool NotFinite(int64_t step, const TrainingStep::Result& result);
+  void RollBack(int64_t step, const std::string& what);
+  bool IsFinite(const std::function<void()>& saving);
   void Save();
   std::optional<double> Validate(int64_t step);
 
@@ -200,21 +206,50 @@ class Run {
   LrSchedule schedule_;
   KernelProfile profile_;
   int64_t done_ = 0, tokens_ = 0;
-  std::string last_save_;
-  SaveInfo save_;  // that a resumed run begins with
+  int64_t data_offset_ = 0;  // see SaveInfo
+  int64_t skipped_in_a_row_ = 0;
+  std::string rolled_back_to_;  // the save, and how often
+  int64_t rollbacks_ = 0;
+  std::optional<double> validation_loss_;  // after step done_
+  std::string finished_;                   // the save of the last step, if the run has one
+  std::optional<RunSaves> saves_;          // last: it uses the others
 };
 
 void Run::OpenFiles() {
   Agree(communicator_, [&] {
     console_.OpenLog(directory_->log_path(communicator_.rank()));
-    if (communicator_.rank() != 0) return;
-    metrics_.emplace(directory_->metrics_path());
-    tensorboard_.emplace(directory_->path());
+    if (communicator_.rank() == 0) OpenMetrics();
   });
   // From here on a failure leaves a run behind that its message can name.
   console_.SetRun(directory_->path());
   if (done_ == 0) console_.Info(ConfigSummary(config_, communicator_.size()));
-  console_.SetLastSave(last_save_);
+  console_.SetLastSave(saves_->last());
+}
+
+// The newest save that all ranks find whole becomes the state of the run.
+void Run::LoadSave() {
+  SaveInfo info;
+  saves_->set_last(LoadNewest(
+      directory_->path(), communicator_, [&](const std::string& what) { console_.Warn(what); },
+      [&](const std::string& save) {
+        info = ReadSaveInfo(save);
+        if (info.data_fingerprint != data_.fingerprint) {
+          SHOAL_FAIL(ErrorKind::kData, "resume",
+                     "{} is not the corpus that the run was trained on: it has changed since. "
+                     "Restore it, or start a new run with model.from = \"{}\"",
+                     config_.data.path, save);
+        }
+        LoadState(save, step_->State());
+      }));
+  step_->optimizer().set_step(info.updates);
+  step_->optimizer().ShareValues();
+  done_ = info.step;
+  tokens_ = info.tokens;
+  data_offset_ = info.data_offset;
+  validation_loss_ = info.validation_loss;
+  Agree(communicator_, [&] {
+    if (communicator_.rank() == 0) CutMetrics(directory_->metrics_path(), done_);
+  });
 }
 
 int Run::Loop() {
@@ -224,25 +259,37 @@ int Run::Loop() {
   ExecutionContext::Current().set_profile(&profile_);
   step_->set_profile(&profile_);
   const auto begin = Clock::now();
-  const int64_t first = done_ + 1;
+  int64_t taken = 0;
   bool stop = false;
   while (done_ < config_.run.steps && !stop) {
-    Step(done_ + 1);
-    // One agreement per step on what any rank was asked to do.
-    const double asked = communicator_.Max(StopRequested() ? 2 : TakeSaveRequested() ? 1 : 0);
-    stop = asked == 2;
-    const bool due = config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
-    if (due || asked > 0 || done_ == config_.run.steps) Save();
+    bool went_on = Step(done_ + 1);
+    ++taken;
+    // One agreement per step: on what any rank was asked to do, and on what saves wait for.
+    std::array<double, 2> any = {static_cast<double>(Asked()), saves_->Busy() ? 1.0 : 0.0};
+    const View view(any.data(), DType::kF64, {std::ssize(any)});
+    communicator_.AllReduce(std::span(&view, 1), ReduceOp::kMax, Traffic::kControl);
+    const auto asked = static_cast<Request>(any[0]);
+    went_on = IsFinite([&] { saves_->Advance(any[1] > 0); }) && went_on;
+    stop = asked == Request::kStop;
+    const bool due =
+        went_on && config_.checkpoint.every > 0 && done_ % config_.checkpoint.every == 0;
+    const bool last = stop || done_ == config_.run.steps;
+    if (due || last || asked != Request::kNone) {
+      IsFinite([&] {
+        Save();
+        if (last) saves_->Finish();
+      });
+    }
   }
   ExecutionContext::Current().set_profile(nullptr);
   step_->set_profile(nullptr);
   const bool finished = done_ == config_.run.steps;
   console_.EndProgress();
-  if (config_.mesh.pp > 1 && done_ >= first)
+  if (config_.mesh.pp > 1 && taken > 0)
     WriteTimeline(*step_, options_, communicator_, directory_->pipeline_path());
   console_.Info(fmt::format("{} at step {} of {}: {} steps in {:.1f} s. Saved in {}",
-                            finished ? "Finished" : "Stopped", done_, config_.run.steps,
-                            done_ - first + 1, Since(begin), last_save_));
+                            finished ? "Finished" : "Stopped", done_, config_.run.steps, taken,
+                            Since(begin), saves_->last()));
   console_.Info(finished
                     ? fmt::format("Next: shoal generate {0} --prompt \"...\"   shoal report {0}",
                                   directory_->path())
@@ -250,7 +297,17 @@ int Run::Loop() {
   return finished ? 0 : static_cast<int>(ErrorKind::kRequeue);
 }
 
-void Run::Step(int64_t step) {
+// Of this rank.
+Request Run::Asked() const {
+  Request asked = StopRequested()       ? Request::kStop
+                  : TakeSaveRequested() ? Request::kSave
+                                        : Request::kNone;
+  if (communicator_.rank() == 0) asked = std::max(asked, TakeRequestFile(directory_->path()));
+  return asked;
+}
+
+// False if it went back to a save instead.
+bool Run::Step(int64_t step) {
   SetFailureContext([&](FailureContext& context) { context.step = step; });
   const double busy_before = profile_.total();
   std::array<int64_t, kMeshAxes> sent_before;
@@ -261,8 +318,8 @@ void Run::Step(int64_t step) {
   StepMetrics m;
   m.step = step;
   m.lr = schedule_.At(step);
-  const std::vector<Batch> batches =
-      StepBatches(config_, plan_, *data_.loader, step, step_->mesh().coordinate(MeshAxis::kDp));
+  const std::vector<Batch> batches = StepBatches(config_, plan_, *data_.loader, step + data_offset_,
+                                                 step_->mesh().coordinate(MeshAxis::kDp));
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
   m.seconds = Since(begin);
@@ -284,23 +341,86 @@ void Run::Step(int64_t step) {
                               memory.peak[static_cast<size_t>(c)]);
   }
   m.peak_bytes.emplace_back("peak", memory.peak_total);
-  const bool finite = std::isfinite(m.loss) && std::isfinite(m.grad_norm);
-  if (finite) m.validation_loss = Validate(step);
+  const bool skip = !result.updated && config_.optim.non_finite == "skip";
+  m.skipped = skip;
+  if (result.updated || skip) m.validation_loss = Validate(step);
   if (metrics_) {
     metrics_->Write(m);
     tensorboard_->Write(m);
   }
   console_.Step(m, config_.run.steps, config_.run.log_every);
-  if (!finite) console_.EndProgress();
-  Agree(communicator_, [&] {
-    if (!finite) {
-      Diverged(
-          fmt::format("the loss or the gradient's norm is not finite at step {} (loss {}, "
-                      "norm {})",
-                      step, m.loss, m.grad_norm));
-    }
-  });
+  if (!result.updated && !NotFinite(step, result)) return false;
+  if (result.updated) skipped_in_a_row_ = 0;
+  validation_loss_ = m.validation_loss;
   done_ = step;
+  return true;
+}
+
+// What optim.non_finite says of a step without an update. True: the run goes on after it.
+bool Run::NotFinite(int64_t step, const TrainingStep::Result& result) {
+  constexpr int64_t kMostInARow = 10;
+  const std::string what =
+      fmt::format("the loss or the gradient's norm is not finite at step {} (loss {}, norm {})",
+                  step, result.loss, result.grad_norm);
+  if (config_.optim.non_finite == "skip" && ++skipped_in_a_row_ < kMostInARow) {
+    console_.Warn(what + "; its update is left out");
+    return true;
+  }
+  if (config_.optim.non_finite == "rollback") {
+    RollBack(step, what);
+    return false;
+  }
+  console_.EndProgress();
+  saves_->Finish();  // what is under way is of before
+  Agree(communicator_, [&] {
+    Diverged(skipped_in_a_row_ == kMostInARow
+                 ? fmt::format("{}, as at the {} steps before", what, kMostInARow - 1)
+                 : what);
+  });
+  return false;
+}
+
+// Whether `saving` found the state finite. Where optim.non_finite says so, a run whose state is not
+// has gone back to an older save; else that is its end.
+bool Run::IsFinite(const std::function<void()>& saving) {
+  try {
+    saving();
+    return true;
+  } catch (const Error& e) {
+    // Of all ranks, as saves agree.
+    if (e.kind() != ErrorKind::kConfig || config_.optim.non_finite != "rollback" ||
+        saves_->failed_step() == 0)
+      throw;
+    RollBack(saves_->failed_step(), e.message());
+    return false;
+  }
+}
+
+// Step `step`, or what its batch led to, is not finite.
+void Run::RollBack(int64_t step, const std::string& what) {
+  constexpr int64_t kMost = 3;
+  try {
+    saves_->Finish();
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::kConfig) throw;
+    step = saves_->failed_step();  // what went wrong there has shown only now
+  }
+  const int64_t bad = step + data_offset_;
+  Agree(communicator_, [&] {
+    if (saves_->last().empty()) Diverged(what + ", and there is no save to go back to");
+    if (saves_->last() == rolled_back_to_ && rollbacks_ == kMost)
+      Diverged(fmt::format("{}, after {} rollbacks to {}", what, kMost, rolled_back_to_));
+  });
+  LoadSave();
+  rollbacks_ = saves_->last() == rolled_back_to_ ? rollbacks_ + 1 : 1;
+  rolled_back_to_ = saves_->last();
+  data_offset_ = bad - done_;
+  Agree(communicator_, [&] {
+    // The file is another one now, and later events are to be forgotten.
+    if (communicator_.rank() == 0) OpenMetrics();
+  });
+  console_.Warn(
+      fmt::format("{}; back to {}, and on with the data after that step's", what, rolled_back_to_));
 }
 
 std::optional<double> Run::Validate(int64_t step) {
@@ -317,35 +437,18 @@ std::optional<double> Run::Validate(int64_t step) {
 }
 
 void Run::Save() {
-  const StateDict state = step_->State(true);
-  const double bytes = communicator_.Sum(static_cast<double>(SaveBytes(state)));
-  // A loss shows it only one step after the weights.
-  const bool finite = communicator_.Max(step_->AllFinite() ? 0 : 1) == 0;
-  const std::string directory = directory_->checkpoints_path();
-  const bool first = communicator_.rank() == 0;
-  try {
-    Agree(communicator_, [&] {
-      if (!finite)
-        Diverged(fmt::format("weights or optimizer states are not finite after step {}", done_));
-      if (!first) return;
-      if (metrics_) metrics_->Sync();
-      BeginSave(directory, done_, static_cast<int64_t>(bytes));
-    });
-    std::string part;
-    Agree(communicator_, [&] { part = WritePart(directory, done_, communicator_.rank(), state); });
-    const std::vector<std::string> parts = communicator_.AllGatherStrings(part);
-    Agree(communicator_, [&] {
-      if (!first) return;
-      last_save_ =
-          CommitSave(directory, {done_, tokens_, WriteConfig(config_), data_.fingerprint}, parts);
-      PruneSaves(directory, config_.checkpoint.keep);
-    });
-  } catch (const Error&) {
-    if (first) AbandonSave(directory, done_);
-    throw;
-  }
-  last_save_ = communicator_.AllGatherStrings(last_save_)[0];
-  console_.SetLastSave(last_save_);
+  SaveInfo info;
+  info.step = done_;
+  info.tokens = tokens_;
+  info.config = WriteConfig(config_);
+  info.data_fingerprint = data_.fingerprint;
+  info.updates = step_->optimizer().step();
+  info.data_offset = data_offset_;
+  info.epoch = (done_ + data_offset_) * config_.batch.sequences / data_.loader->train_sequences();
+  const MeshShape& mesh = step_->mesh().shape();
+  info.mesh = {{"dp", mesh.dp}, {"tp", mesh.tp}, {"pp", mesh.pp}, {"cp", mesh.cp}, {"ep", mesh.ep}};
+  info.validation_loss = validation_loss_;
+  saves_->Begin(info);
 }
 
 }  // namespace
@@ -362,10 +465,11 @@ int Resume(const std::string& path, Communicator& communicator) {
   Config config;
   Agree(communicator, [&] { config = LoadConfig(RunDirectory::Attach(path).config_path()); });
   config.run.dir = path;
+  const int64_t steps = config.run.steps;
   Run run(std::move(config), communicator);
-  if (!run.FindLastSave(path)) {
-    run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path,
-                                   run.done(), run.last_save()));
+  if (run.OpenFinished(path)) {
+    run.console().Info(fmt::format("{} is finished: step {} is its last. Saved in {}", path, steps,
+                                   run.finished()));
     return 0;
   }
   run.Prepare();

@@ -14,7 +14,7 @@ namespace shoal {
 
 // Starts the run that `config` describes in a new run directory.
 int Train(Config config, Communicator& communicator);
-// Goes on after the newest save that is whole. A finished run is left as it is.
+// Goes on after the newest save that every rank finds whole. A finished run is left as it is.
 int Resume(const std::string& run, Communicator& communicator);
 
 }  // namespace shoal

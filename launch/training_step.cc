@@ -5,13 +5,13 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <sstream>
 
 #include "core/base/mutation.h"
 #include "core/init.h"
-#include "kernels/reduce.h"
 #include "memory/offload_activations.h"
 #include "memory/recompute.h"
 #include "optim/clip.h"
@@ -21,6 +21,15 @@
 namespace shoal {
 
 namespace {
+
+// Whether this rank holds a token of a test's choice.
+bool Poisoned(std::span<const Batch> batches) {
+  const int64_t first = poisoned_token.load(), end = first + poisoned_tokens.load();
+  return std::any_of(batches.begin(), batches.end(), [&](const Batch& batch) {
+    return std::any_of(batch.token_numbers.begin(), batch.token_numbers.end(),
+                       [&](int64_t token) { return first <= token && token < end; });
+  });
+}
 
 MeshShape Filled(MeshShape shape, int ranks) {
   if (shape.dp == 0) shape.dp = ranks / (shape.tp * shape.pp * shape.cp);
@@ -273,7 +282,11 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   for (const Batch& batch : micro_batches) labelled += batch.labelled;
   Result result;
   result.tokens = static_cast<int64_t>(mesh_.data().Sum(static_cast<double>(labelled)));
-  const double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
+  double normalizer = static_cast<double>(std::max<int64_t>(result.tokens, 1));
+  if (Mutated(Mutation::kInfiniteLoss) && Poisoned(micro_batches))
+    normalizer = std::numeric_limits<double>::denorm_min();
+  if (Mutated(Mutation::kInfiniteUpdate) && Poisoned(micro_batches))
+    lr = std::numeric_limits<double>::infinity();
   const auto at = [&](int i) -> const Batch& { return micro_batches[static_cast<size_t>(i)]; };
   PipelineWork work;
   work.forward = [&](int chunk, int i, const Tensor& in) {
@@ -290,7 +303,14 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   // The last stage has it.
   result.loss = mesh_.axis(MeshAxis::kPp).Sum(mesh_.data().Sum(loss));
   result.grad_norm = optimizer_->GradNorm();
-  optimizer_->Step(lr, ClipScale(result.grad_norm, options_.clip));
+  // All ranks have the same sums, and so decide the same.
+  result.updated = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
+  if (before_update_) before_update_();
+  if (result.updated) {
+    optimizer_->Step(lr, ClipScale(result.grad_norm, options_.clip));
+  } else {
+    optimizer_->DropGradients();
+  }
   return result;
 }
 
@@ -343,16 +363,6 @@ std::vector<double> TrainingStep::Whole(const Known& known) {
   const View view(whole.data(), DType::kF64, {global.numel()});
   mesh_.model().AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   return whole;
-}
-
-bool TrainingStep::AllFinite() {
-  const Tensor squares = Tensor::Empty({1}, DType::kF64, MemoryClass::kWorkspace);
-  for (const StateEntry& entry : State()) {
-    // In f64, so that no finite f32 overflows.
-    kernels::SumSquares(ExecutionContext::Current().stream(), squares.view(), entry.tensor.view());
-    if (!std::isfinite(squares.Item())) return false;
-  }
-  return true;
 }
 
 }  // namespace shoal

@@ -62,9 +62,13 @@ class TrainingStep {
     double loss = 0;       // mean over the global tokens, before the update
     double grad_norm = 0;  // global, before clipping
     int64_t tokens = 0;    // labelled, over all ranks
+    bool updated = true;   // false: loss or norm is not finite, and nothing but this has happened
   };
   // `micro_batches`: this replica's share of the step, whole sequences. Collective.
   Result Run(std::span<const Batch> micro_batches, double lr);
+  // Called in Run between the passes, which only read parameters and optimizer states, and the
+  // update, which changes them.
+  void set_before_update(std::function<void()> call) { before_update_ = std::move(call); }
 
   // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. The ranks
   // of a replica call it together.
@@ -91,8 +95,6 @@ class TrainingStep {
   // One of them as a whole, in row-major order, after ZeroOptimizer::GatherParameters. Collective
   // over the ranks of this replica.
   std::vector<double> Whole(const Known& parameter);
-  // Whether no value of State() is infinite or NaN.
-  bool AllFinite();
 
  private:
   void TieHead();
@@ -117,6 +119,7 @@ class TrainingStep {
   std::unique_ptr<Communicator> tied_;       // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
   SavedTensorHooks offload_;  // of activations; none: they stay
+  std::function<void()> before_update_;
   std::unique_ptr<ZeroOptimizer> optimizer_;
 };
 

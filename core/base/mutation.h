@@ -19,9 +19,14 @@ enum class Mutation {
   kStatisticsOfTheTile,         // attention's backward takes a tile's lse for the whole's
   kFirstKeysReused,             // a ring goes on computing with the keys that came first
   kPartMergedTwice,             // a partial result of attention counts twice
+  // No bugs, but what a run may meet: of a batch that holds a poisoned token
+  kInfiniteLoss,
+  kInfiniteUpdate,
 };
 
 inline std::atomic<Mutation> active_mutation = Mutation::kNone;
+// Poisoned tokens, by Batch::token_numbers: the first, and how many.
+inline std::atomic<int64_t> poisoned_token = 0, poisoned_tokens = 1;
 inline bool Mutated(Mutation m) { return active_mutation.load(std::memory_order_relaxed) == m; }
 
 }  // namespace shoal

@@ -15,11 +15,6 @@ namespace {
 
 const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
 
-// Elements [begin, begin + count) of a contiguous tensor.
-View Flat(const Tensor& t, int64_t begin, int64_t count) {
-  return t.Reshaped({-1}).Narrowed(0, begin, count).view();
-}
-
 double Total(const Tensor& squares) {
   double sum = 0;
   for (double square : squares.ToVector()) sum += square;
@@ -147,6 +142,10 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
 
 ZeroOptimizer::~ZeroOptimizer() {
   for (const auto& p : parameters_) p->value().storage().set_restore(nullptr);
+}
+
+View ZeroOptimizer::Flat(const Tensor& t, int64_t begin, int64_t count) {
+  return t.Reshaped({-1}).Narrowed(0, begin, count).view();
 }
 
 // From the last parameter to the first; `whole`: as few as possible. Trainable and frozen ones keep
@@ -365,11 +364,19 @@ void ZeroOptimizer::Step(double lr, double gradient_scale) {
       rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
     }
     if (file_ != nullptr) file_->Retire(States(bucket));
-    bucket.gradient = Tensor();
-    for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+    DropGradients(bucket);
     SendForValues(bucket);
   }
   if (file_ != nullptr) file_->Settle();
+}
+
+void ZeroOptimizer::DropGradients(Bucket& bucket) {
+  bucket.gradient = Tensor();
+  for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
+}
+
+void ZeroOptimizer::DropGradients() {
+  for (Bucket& bucket : buckets_) DropGradients(bucket);
 }
 
 // From the ranks' shares to whole parameters on all of them.
@@ -396,6 +403,8 @@ void ZeroOptimizer::AwaitValues(Bucket& bucket) {
 }
 
 std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
+  // Whoever has them may read them from another thread: what is on its way arrives here.
+  for (const auto& p : parameters_) p->value().storage().Arrive();
   std::vector<Piece> pieces;
   const std::vector<std::string> names = rule_->states();
   for (const Bucket& bucket : buckets_) {
@@ -427,75 +436,6 @@ void ZeroOptimizer::TakeValues() {
       kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
   }
   ShareValues();
-}
-
-void ZeroOptimizer::HookUnits(const std::vector<Module*>& modules) {
-  for (size_t i = 0; i < modules.size(); ++i) {
-    ModuleHooks& hooks = modules[i]->hooks();
-    hooks.pre_forward.push_back([this, i](Module&) {
-      ReleaseAlone();
-      Ensure(units_[i]);
-      if (!Last(i)) Request(units_[i + 1]);
-    });
-    hooks.post_forward.push_back([this, i](Module&) {
-      // Backward begins with the last.
-      if (!Last(i) || !GradEnabled()) Release(units_[i]);
-    });
-    hooks.pre_backward.push_back([this, i](Module&) {
-      ReleaseAlone();
-      Ensure(units_[i]);
-      if (i > 0 && !Last(i - 1)) Request(units_[i - 1]);
-    });
-    hooks.post_backward.push_back([this, i](Module&) { Release(units_[i]); });
-  }
-  // Whoever looks at a parameter that nobody has announced waits for it here.
-  for (Unit& unit : units_) {
-    for (const Bucket* bucket : unit.buckets)
-      for (Parameter* p : bucket->parameters)
-        p->value().storage().set_restore([this, &unit] { Ensure(unit); });
-  }
-}
-
-bool ZeroOptimizer::Last(size_t unit) const {
-  return unit + 1 == modules_ || units_[unit + 1].pass != units_[unit].pass;
-}
-
-void ZeroOptimizer::Request(Unit& unit) {
-  if (unit.requested) return;
-  unit.requested = true;
-  for (const Bucket* bucket : unit.buckets) {
-    for (Parameter* p : bucket->parameters) p->value().storage().Materialize();
-    for (const Slice& s : bucket->slices) {
-      kernels::Copy(CurrentStream(),
-                    Flat(bucket->parameters[s.parameter]->value(), s.begin, s.count),
-                    Flat(bucket->values, s.at, s.count));
-    }
-    unit.ticket = Gather(*bucket);
-  }
-}
-
-void ZeroOptimizer::Ensure(Unit& unit) {
-  Request(unit);
-  queue_.Wait(unit.ticket);
-}
-
-void ZeroOptimizer::Release(Unit& unit) {
-  if (!unit.requested) return;
-  queue_.Wait(unit.ticket);
-  for (const Bucket* bucket : unit.buckets) {
-    for (Parameter* p : bucket->parameters) p->value().storage().Release();
-  }
-  unit.requested = false;
-}
-
-// Parameters that are units of their own are used between blocks, and freed at the next.
-void ZeroOptimizer::ReleaseAlone() {
-  for (size_t u = modules_; u < units_.size(); ++u) Release(units_[u]);
-}
-
-void ZeroOptimizer::GatherParameters() {
-  for (Unit& unit : units_) Request(unit);
-  queue_.WaitAll();
 }
 
 }  // namespace shoal

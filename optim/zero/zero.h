@@ -69,6 +69,8 @@ class ZeroOptimizer {
   double GradNorm();
   // Consumes the gradients.
   void Step(double lr, double gradient_scale);
+  // The same without an update: nothing changes but that they are gone.
+  void DropGradients();
 
   int64_t step() const { return step_; }  // updates made
   void set_step(int64_t step) { step_ = step; }
@@ -127,10 +129,13 @@ class ZeroOptimizer {
     CommQueue::Ticket ticket = 0;
   };
 
+  // Elements [begin, begin + count) of a contiguous tensor.
+  static View Flat(const Tensor& t, int64_t begin, int64_t count);
   std::vector<size_t> CutBuckets(const std::vector<std::shared_ptr<Parameter>>& parameters,
                                  int pass, bool whole);
   void CutShare(Bucket& bucket) const;
   static int Awaited(const Bucket& bucket);
+  static void DropGradients(Bucket& bucket);
   static std::vector<Slice> Owned(const Bucket& bucket);
   void HookGradients(Bucket& bucket);
   void HookUnits(const std::vector<Module*>& modules);

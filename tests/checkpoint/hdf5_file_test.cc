@@ -1,14 +1,15 @@
 #include "checkpoint/hdf5_file.h"
 
 #include <gtest/gtest.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
-#include <csignal>
-#include <cstdlib>
+#include <chrono>
 #include <filesystem>
+#include <numeric>
+#include <thread>
 #include <vector>
 
+#include "checkpoint/file_io.h"
 #include "core/base/build_config.h"
 #include "core/base/error.h"
 
@@ -17,54 +18,59 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class Hdf5FileTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!kHaveHdf5) GTEST_SKIP() << "this build has no HDF5";
-    path_ = fs::temp_directory_path() / fmt::format("shoal_hdf5_{}.h5", getpid());
-    fs::remove(path_);
-  }
-  void TearDown() override { fs::remove(path_); }
+TEST(Hdf5, GapsAreWhatIsLeft) {
+  const std::vector<Extent> gaps = Gaps({{50, 10}, {7, 0}, {10, 20}, {30, 5}}, 70);
+  std::vector<std::pair<int64_t, int64_t>> got;
+  for (const Extent& g : gaps) got.emplace_back(g.at, g.bytes);
+  EXPECT_EQ(got, (std::vector<std::pair<int64_t, int64_t>>{{0, 10}, {35, 15}, {60, 10}}));
+}
 
-  static void WriteArrays(const std::string& path) {
-    Hdf5File file = Hdf5File::Create(path);
-    const std::vector<double> values(700, 3.0);
-    for (int i = 0; i < 20; ++i)
-      file.Write(fmt::format("group-{}/array-{}", i % 3, i), DType::kF64, {700}, values.data());
-    file.Close();
-  }
-
-  std::string path_;
-};
-
-// Wherever the disk is full: an error that says so, and a process that ends in order. Each limit
-// needs a process, because the library cannot go on after it.
-TEST_F(Hdf5FileTest, FullDiskAtAnyByte) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
-  const auto limited = [&](rlim_t bytes) {
-    std::signal(SIGXFSZ, SIG_IGN);
-    const rlimit limit = {bytes, bytes};
-    setrlimit(RLIMIT_FSIZE, &limit);
-    try {
-      WriteArrays(path_);
-    } catch (const Error& e) {
-      const bool told = e.kind() == ErrorKind::kStorage && e.message().find(path_) == 0 &&
-                        e.message().find("no space left") != std::string::npos;
-      fs::remove(path_);
-      std::exit(told ? 3 : 4);
+// The library finds what was written where it said, without having written it.
+TEST(Hdf5, ReadsWhatPlainWritesPutThere) {
+  if (!kHaveHdf5) GTEST_SKIP() << "this build has no HDF5";
+  std::vector<Hdf5Array> arrays;
+  for (int i = 0; i < 40; ++i)
+    arrays.push_back({fmt::format("group-{}/array-{}", i % 3, i), DType::kF64, {i % 5 * 7000}});
+  const Hdf5Layout layout = LayOutHdf5(arrays);
+  const std::string path = fs::temp_directory_path() / fmt::format("shoal_hdf5_{}.h5", getpid());
+  fs::remove(path);
+  std::vector<Extent> extents;
+  std::vector<std::vector<double>> values;
+  {
+    File file = File::Create(path);
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      extents.push_back({layout.offsets[i], arrays[i].bytes()});
+      values.emplace_back(static_cast<size_t>(arrays[i].shape.numel()));
+      std::iota(values[i].begin(), values[i].end(), static_cast<double>(1000 * i));
+      file.Write(values[i].data(), arrays[i].bytes(), layout.offsets[i], {});
+      // Large ones can be written past the system's cache.
+      if (arrays[i].bytes() >= 1 << 16) {
+        EXPECT_EQ(layout.offsets[i] % 4096, 0) << i;
+      }
     }
-    fs::remove(path_);
-    std::exit(0);
-  };
-  WriteArrays(path_);
-  const auto size = static_cast<rlim_t>(fs::file_size(path_));
-  for (const rlim_t bytes :
-       {rlim_t{1}, rlim_t{500}, rlim_t{5000}, rlim_t{6000}, rlim_t{60000}, size - 3000, size - 1}) {
-    fs::remove(path_);
-    EXPECT_EXIT(limited(bytes), ::testing::ExitedWithCode(3), "") << bytes << " of " << size;
+    const char* frame = layout.frame.data();
+    for (const Extent& gap : Gaps(extents, layout.size)) {
+      file.Write(frame, gap.bytes, gap.at, {});
+      frame += gap.bytes;
+    }
+    EXPECT_EQ(frame, layout.frame.data() + layout.frame.size());
   }
-  fs::remove(path_);
-  EXPECT_EXIT(limited(size), ::testing::ExitedWithCode(0), "");
+  EXPECT_EQ(static_cast<int64_t>(fs::file_size(path)), layout.size);
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    std::vector<double> got(values[i].size());
+    ReadHdf5(path, arrays[i], got.data());
+    EXPECT_TRUE(got == values[i]) << arrays[i].name;
+  }
+  double none = 0;
+  EXPECT_THROW(ReadHdf5(path, {"group-0/array-1", DType::kF64, {1}}, &none), Error);
+  EXPECT_THROW(ReadHdf5(path, {"group-1/array-1", DType::kF64, {1}}, &none), Error);
+  fs::resize_file(path, 1000);
+  EXPECT_THROW(ReadHdf5(path, arrays[1], values[1].data()), Error);
+  fs::remove(path);
+  EXPECT_THROW(LayOutHdf5({arrays[1], arrays[1]}), Error);
+  // No time is in it.
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  EXPECT_TRUE(LayOutHdf5(arrays).frame == layout.frame);
 }
 
 }  // namespace

@@ -168,7 +168,7 @@ TEST(Composition, IsAsDocumented) {
          "Refused by this version\n\n"
          "| setting | answer |\n|---|---|\n";
   for (const auto& [pair, answer] : refused) out << "| " << pair << " | " << answer << " |\n";
-  for (const char* setting : {"mesh.ep=2", "method.name=\"lora\"", "checkpoint.async=true"}) {
+  for (const char* setting : {"mesh.ep=2", "method.name=\"lora\""}) {
     const std::string refusal = Refusal(setting);
     EXPECT_NE(refusal, "") << setting
                            << " is accepted: give it a row of its own in the table above";

@@ -138,12 +138,23 @@ TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
 
 TEST(ConfigSupported, NamesTheKey) {
   EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
-  for (const char* text :
-       {"mesh.ep=2", "sequence.schedule=hybrid", "method.name=lora", "checkpoint.async=true"}) {
+  for (const char* text : {"mesh.ep=2", "sequence.schedule=hybrid", "method.name=lora"}) {
     const Config c = Minimal({text});
     const std::string key = std::string(text).substr(0, std::string(text).find('='));
     EXPECT_THAT(Mistake([&] { CheckSupported(c); }), HasSubstr(key));
   }
+}
+
+TEST(ConfigSupported, TheBestSaveNeedsValidations) {
+  const auto said = [](std::vector<std::string> more) {
+    more.emplace_back("checkpoint.keep_best=true");
+    return Mistake([&] { CheckSupported(Minimal(more)); });
+  };
+  EXPECT_THAT(said({}), HasSubstr("run.validate_every to a divisor of checkpoint.every"));
+  EXPECT_THAT(said({"data.validation_fraction=0.1", "checkpoint.every=10", "run.validate_every=4"}),
+              HasSubstr("run.validate_every to 2 or 5"));
+  EXPECT_EQ(said({"data.validation_fraction=0.1", "checkpoint.every=10", "run.validate_every=5"}),
+            "");
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ TEST(Config, DefaultsAreThoseOfTheContract) {
   EXPECT_EQ(c.sequence.schedule, "auto");
   EXPECT_EQ(c.run.validate_every, 0);
   EXPECT_EQ(c.checkpoint.every, 0);
-  EXPECT_EQ(c.checkpoint.staging, 64 << 20);
+  EXPECT_EQ(c.checkpoint.staging, 256 << 20);
+  EXPECT_TRUE(c.checkpoint.async);
   EXPECT_EQ(c.mesh.dp, std::nullopt);
   EXPECT_EQ(c.mesh.tp, 1);
   EXPECT_EQ(c.batch.micro, std::nullopt);
@@ -53,14 +54,14 @@ TEST(Config, ShippedConfigsRead) {
 
 TEST(Config, AnyOrderOfOverrides) {
   const Config c = Minimal({"optim.lr=0.25", "run.dir=/tmp/some where", "optim.betas=[0, 0.5]",
-                            "run.steps = 7", "memory.budget=6GiB", "checkpoint.async=true",
+                            "run.steps = 7", "memory.budget=6GiB", "checkpoint.async=false",
                             "data.documents=true", "mesh.dp=2", "optim.eps=1"});
   EXPECT_EQ(c.optim.lr, 0.25);
   EXPECT_EQ(c.run.dir, "/tmp/some where");
   EXPECT_EQ(c.optim.betas, (std::array<double, 2>{0, 0.5}));
   EXPECT_EQ(c.run.steps, 7);
   EXPECT_EQ(c.memory.budget, int64_t{6} << 30);
-  EXPECT_TRUE(c.checkpoint.async);
+  EXPECT_FALSE(c.checkpoint.async);
   EXPECT_TRUE(c.data.documents);
   EXPECT_EQ(c.mesh.dp, 2);
   EXPECT_EQ(c.optim.eps, 1.0);
@@ -246,7 +247,7 @@ TEST(Config, Bytes) {
 TEST(Config, ResolvedConfigReadsBackEqual) {
   Config c =
       Minimal({"run.dir=a \"b\" \\ \t", "mesh.dp=3", "batch.micro=2", "memory.budget=1234567",
-               "run.validate_sequences=5", "checkpoint.async=true"});
+               "run.validate_sequences=5", "checkpoint.async=false"});
   for (const double lr : {0.1, 1.0 / 3.0, 5e-324, 1e-8, 123456789.123456789, 1e14, 0.0}) {
     c.optim.lr = lr;
     c.optim.betas = {lr < 1 ? lr : 0.5, 0.999999999999};
@@ -270,7 +271,7 @@ TEST(Config, SummaryTellsTheDefaults) {
               HasSubstr("r: llama-60m, 58.1M parameters, 8 x 256 tokens a step, fp32, 2 ranks"));
   EXPECT_THAT(text, HasSubstr(" zero.stage 0,"));
   EXPECT_THAT(text, HasSubstr("mesh.dp fills the ranks there are"));
-  EXPECT_THAT(text, HasSubstr("checkpoint.staging \"64MiB\"."));
+  EXPECT_THAT(text, HasSubstr("checkpoint.staging \"256MiB\","));
   EXPECT_THAT(text, Not(HasSubstr("seed")));
   EXPECT_THAT(text, Not(HasSubstr("mesh.tp")));
   std::istringstream in(text);

@@ -157,7 +157,7 @@ TEST(Metrics, NoPlaceToWrite) {
     FAIL();
   } catch (const Error& e) {
     EXPECT_EQ(e.kind(), ErrorKind::kStorage);
-    EXPECT_THAT(e.message(), ::testing::HasSubstr("No space left"));
+    EXPECT_THAT(e.message(), ::testing::HasSubstr("no space left"));
   }
 }
 

@@ -43,7 +43,7 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
     }
     for (int s = from; s < to; ++s) step.Run(Batches(recipe, step, s, 1, InOrder()), recipe.lr);
     if (!directory.empty()) {
-      if (c.rank() == 0) BeginSave(directory, to, 0);
+      if (c.rank() == 0) BeginSave(directory, to);
       c.Barrier();
       const auto parts = c.AllGatherStrings(WritePart(directory, to, c.rank(), step.State(true)));
       if (c.rank() == 0) VerifySave(CommitSave(directory, {to, 0, "", ""}, parts));

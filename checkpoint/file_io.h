@@ -1,0 +1,53 @@
+// Ranges of a file, read and written whole, and what a full disk does to a writer: it waits.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace shoal {
+
+// How long, and how loudly, a writer waits for space (ENOSPC, EDQUOT, or a limit on files' size).
+struct FullDisk {
+  double seconds = 0;  // then Error(kStorage)
+  // Called at once and every few seconds with a line that says what is needed; from the writer's
+  // thread.
+  std::function<void(const std::string&)> warn;
+  // True: nobody wants the file any more; the writer stops with Error(kStorage).
+  std::function<bool()> cancelled;
+};
+
+// Errors are Error(kStorage) and begin with the file's path.
+class File {
+ public:
+  static File Create(const std::string& path);  // which must not be there
+  static File Open(const std::string& path);    // to read
+  static File OpenToAppend(const std::string& path);
+  ~File();
+  File(File&& other) noexcept;
+  File& operator=(File&&) = delete;
+
+  const std::string& path() const { return path_; }
+  int64_t size() const;
+  // All or nothing of it; a file that ends before is an error.
+  void Read(void* data, int64_t bytes, int64_t at) const;
+  // Takes the space for `bytes` at once, so that a full disk is found before there is work to lose.
+  void Reserve(int64_t bytes, const FullDisk& full_disk);
+  void Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk);
+  // Where the last one ended; at the end of a file that was opened to append.
+  void Append(const void* data, int64_t bytes, const FullDisk& full_disk);
+  void Flush() const;  // to the disk
+
+ private:
+  File(std::string path, int file) : path_(std::move(path)), file_(file) {}
+  template <class Put>
+  void PutAll(int64_t bytes, const FullDisk& full_disk, const Put& put);
+
+  std::string path_;
+  int file_;
+};
+
+// Entries of a directory, to the disk.
+void FlushDirectory(const std::string& path);
+
+}  // namespace shoal

@@ -1,0 +1,210 @@
+#include "checkpoint/saver.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/store.h"
+#include "core/base/error.h"
+
+namespace shoal {
+namespace {
+
+template <class T>
+bool Ready(const std::future<T>& future) {
+  return future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+}
+
+// A thread of this rank; its errors name it.
+template <class F>
+auto Behind(F f) {
+  return std::async(std::launch::async, [rank = ThreadRank(), f = std::move(f)] {
+    SetThreadRank(rank);
+    return f();
+  });
+}
+
+}  // namespace
+
+// The staging memory in slots that go from the copying thread to the writing one and back.
+struct Saver::Staging {
+  struct Slot {
+    char* data = nullptr;
+    int64_t bytes = 0;
+  };
+
+  // In `memory`, [slots * slot_bytes] u8.
+  Staging(const Tensor& memory, int64_t slot_bytes) : slot_bytes(slot_bytes) {
+    for (int64_t at = 0; at < memory.numel(); at += slot_bytes)
+      free.push_back({memory.view().as<char>() + at, 0});
+  }
+
+  // An empty slot; nothing if the save was given up.
+  bool TakeFree(Slot* slot) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return cancelled || !free.empty(); });
+    if (cancelled) return false;
+    *slot = free.front();
+    free.pop_front();
+    staged += slot_bytes;
+    peak = std::max(peak, staged);
+    return true;
+  }
+  void Fill(const Slot& slot) {
+    const std::lock_guard lock(mutex);
+    filled.push_back(slot);
+    changed.notify_all();
+  }
+  // The next filled slot; false after the last, or if the save was given up.
+  bool TakeFilled(Slot* slot) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return cancelled || !filled.empty() || complete; });
+    if (cancelled || filled.empty()) return false;
+    *slot = filled.front();
+    filled.pop_front();
+    return true;
+  }
+  void GiveBack(Slot slot) {
+    const std::lock_guard lock(mutex);
+    slot.bytes = 0;
+    free.push_back(slot);
+    staged -= slot_bytes;
+    changed.notify_all();
+  }
+  void Complete() {
+    const std::lock_guard lock(mutex);
+    complete = true;
+    changed.notify_all();
+  }
+  void Cancel() {
+    const std::lock_guard lock(mutex);
+    cancelled = true;
+    changed.notify_all();
+  }
+  bool Cancelled() {
+    const std::lock_guard lock(mutex);
+    return cancelled;
+  }
+
+  // Copies everything, in the order of the plan. A slot ends between two elements.
+  void CopyAll(const std::vector<std::pair<const char*, int64_t>>& sources) {
+    Slot slot;
+    for (auto [data, bytes] : sources) {
+      while (bytes > 0) {
+        if (slot.data == nullptr && !TakeFree(&slot)) return;
+        int64_t count = std::min(bytes, slot_bytes - slot.bytes);
+        if (count < bytes) count = count / 8 * 8;
+        std::memcpy(slot.data + slot.bytes, data, static_cast<size_t>(count));
+        slot.bytes += count;
+        data += count;
+        bytes -= count;
+        if (bytes == 0 && slot.bytes < slot_bytes) continue;
+        Fill(std::exchange(slot, Slot()));
+      }
+    }
+    if (slot.data != nullptr) Fill(slot);
+    Complete();
+  }
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  const int64_t slot_bytes;
+  int64_t staged = 0, peak = 0;
+  std::deque<Slot> free, filled;
+  bool complete = false, cancelled = false;
+};
+
+Saver::Saver(std::string directory, PartPlan plan, SaverOptions options)
+    : directory_(std::move(directory)), plan_(std::move(plan)), options_(std::move(options)) {}
+
+Saver::~Saver() {
+  given_up_ = true;
+  if (staging_ != nullptr) staging_->Cancel();
+  // The futures wait for their threads.
+}
+
+void Saver::Begin(int64_t step, const StateDict& state) {
+  SHOAL_CHECK(staging_ == nullptr && !part_.valid(), "checkpoint", "a save is still under way");
+  SHOAL_CHECK(state.size() == plan_.arrays.size(), "checkpoint", "{} tensors, {} were planned",
+              state.size(), plan_.arrays.size());
+  std::vector<std::pair<const char*, int64_t>> sources;
+  for (size_t i = 0; i < state.size(); ++i) {
+    const Tensor& tensor = state[i].tensor;
+    const Hdf5Array& array = plan_.arrays[i];
+    SHOAL_CHECK(state[i].name == array.name && tensor.dtype() == array.dtype &&
+                    tensor.numel() == array.shape.numel() && tensor.contiguous(),
+                "checkpoint", "{} is not as it was planned", state[i].name);
+    sources.emplace_back(tensor.view().as<const char>(), array.bytes());
+  }
+  // Two slots at least: one is written while the next is filled. Of whole elements of any dtype.
+  const int64_t slot_bytes = std::clamp(
+      std::min(options_.staging / 2, plan_.data_bytes + 63) / 64 * 64, int64_t{64}, kChunkBytes);
+  const int64_t slots =
+      std::clamp(options_.staging / slot_bytes, int64_t{2}, plan_.data_bytes / slot_bytes + 2);
+  state_ = state;
+  memory_ = Tensor::Empty({slots * slot_bytes}, DType::kU8, MemoryClass::kWorkspace);
+  staging_ = std::make_shared<Staging>(memory_, slot_bytes);
+  copied_ =
+      Behind([staging = staging_, sources = std::move(sources)] { staging->CopyAll(sources); });
+  part_ = Behind([this, step, staging = staging_] {
+    try {
+      return Write(step, *staging);
+    } catch (...) {
+      staging->Cancel();  // nobody copies for a writer that has failed
+      throw;
+    }
+  });
+}
+
+std::string Saver::Write(int64_t step, Staging& staging) const {
+  FullDisk full_disk = options_.full_disk;
+  full_disk.cancelled = [&] { return staging.Cancelled(); };
+  PartFile file(PartialSave(directory_, step), plan_, full_disk);
+  for (Staging::Slot slot; staging.TakeFilled(&slot);) {
+    if (options_.before_write) options_.before_write();
+    file.Append(slot.data, slot.bytes);
+    staging.GiveBack(slot);
+  }
+  if (staging.Cancelled())
+    SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "the save of step {} was given up", step);
+  if (!file.non_finite().empty())
+    SHOAL_FAIL(ErrorKind::kConfig, "checkpoint", "{} is not finite after step {}",
+               file.non_finite(), step);
+  return file.Finish();
+}
+
+void Saver::WaitCopied() {
+  if (copied_.valid()) copied_.get();
+}
+
+bool Saver::Written() const { return !part_.valid() || Ready(part_); }
+
+std::string Saver::TakePart() {
+  WaitCopied();
+  SHOAL_CHECK(part_.valid(), "checkpoint", "no save was begun");
+  peak_staged_ = std::max(peak_staged_, staging_->peak);
+  part_.wait();
+  staging_ = nullptr;
+  memory_ = Tensor();
+  state_.clear();
+  return part_.get();
+}
+
+void Saver::Commit(std::function<void(const FullDisk&)> commit) {
+  FullDisk full_disk = options_.full_disk;
+  full_disk.cancelled = [this] { return given_up_.load(); };
+  commit_ = Behind([full_disk, commit = std::move(commit)] { commit(full_disk); });
+}
+bool Saver::Committed() const { return !commit_.valid() || Ready(commit_); }
+void Saver::TakeCommit() {
+  if (commit_.valid()) commit_.get();
+}
+
+int64_t Saver::peak_staged() const { return peak_staged_; }
+
+}  // namespace shoal
