@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "core/base/error.h"
 
@@ -94,19 +95,23 @@ class MappedFile::Mapping : public Allocator {
     stats_.peak_total = stats_.live_total;
   }
 
-  void Read(const View& v) const { madvise(Of(v).data, Of(v).size, MADV_WILLNEED); }
+  // Of tensors that are no more, nothing.
+  void Read(const View& v) const {
+    if (const auto p = Of(v)) madvise(p->data, p->size, MADV_WILLNEED);
+  }
   void Write(const View& v) const {
-    const Place p = Of(v);
-    sync_file_range(fd_, p.at, static_cast<off_t>(p.size), SYNC_FILE_RANGE_WRITE);
+    if (const auto p = Of(v))
+      sync_file_range(fd_, p->at, static_cast<off_t>(p->size), SYNC_FILE_RANGE_WRITE);
   }
   // Written, it needs no memory; a file system that cannot tell keeps the pages until it must.
   void Drop(const View& v) const {
-    const Place p = Of(v);
+    const auto p = Of(v);
+    if (!p) return;
     sync_file_range(
-        fd_, p.at, static_cast<off_t>(p.size),
+        fd_, p->at, static_cast<off_t>(p->size),
         SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
-    madvise(p.data, p.size, MADV_DONTNEED);
-    posix_fadvise(fd_, p.at, static_cast<off_t>(p.size), POSIX_FADV_DONTNEED);
+    madvise(p->data, p->size, MADV_DONTNEED);
+    posix_fadvise(fd_, p->at, static_cast<off_t>(p->size), POSIX_FADV_DONTNEED);
   }
 
  private:
@@ -127,10 +132,11 @@ class MappedFile::Mapping : public Allocator {
     off_t at;
     size_t size;
   };
-  Place Of(const View& v) const {
+  std::optional<Place> Of(const View& v) const {
     const std::lock_guard lock(mutex_);
-    const Range& range = ranges_.at(v.data);
-    return {v.data, static_cast<off_t>(range.at), range.size};
+    const auto found = ranges_.find(v.data);
+    if (found == ranges_.end()) return std::nullopt;
+    return Place{v.data, static_cast<off_t>(found->second.at), found->second.size};
   }
 
   std::string dir_, what_;

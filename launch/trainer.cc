@@ -87,7 +87,7 @@ class Run {
       CheckSupported(config_);
       plan_ = CheckBatch(config_, communicator_.size());
       // A run that goes on knows its shape, and the weights it began with may be gone.
-      if (done_ == 0) ResolveFrom(&config_);
+      if (!directory_) ResolveFrom(&config_);  // a run that goes on has its own weights
       data_ = OpenData(&config_);
       options_ = MakeTrainingOptions(config_, plan_);
     });
