@@ -41,9 +41,9 @@ double GemmGflops(DType dtype) {
 }
 
 struct Options {
-  std::string model = "llama-60m", precision = "fp32";
+  std::string model = "llama-60m", precision = "fp32", recompute = "none", activations_dir;
   int64_t batch = 4, length = 256, micro_batches = 1;
-  int threads = 0, steps = 10, warmup = 2, tp = 1, zero_stage = 0;
+  int threads = 0, steps = 10, warmup = 2, tp = 1, cp = 1, zero_stage = 0;
   RunOptions run;
 };
 
@@ -63,11 +63,18 @@ int Measure(const Options& o, Communicator& communicator) {
                            : training.compute;
   training.rule.weight_decay = 0.1;
   training.clip = 1;
-  training.mesh.tp = o.tp;
+  training.mesh = {.dp = 0, .tp = o.tp, .cp = o.cp};
+  training.sequence.tokens = training.length = o.length;
   training.zero_stage = o.zero_stage;
+  training.activations_dir = o.activations_dir;
+  if (o.recompute != "none") {
+    const auto layers = static_cast<int>(preset->layers);
+    const bool full = o.recompute == "full";
+    training.recompute = {{full ? layers : 0, full ? 0 : layers}};
+  }
   if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
   TrainingStep step(training, communicator);
-  const Communicator& data = step.mesh().data();
+  const Communicator& data = step.mesh().axis(MeshAxis::kDp);
   const int64_t share = o.batch / data.size() / o.micro_batches;
   std::vector<Batch> batches;
   for (int64_t i = 0; i < o.micro_batches; ++i) {
@@ -129,6 +136,9 @@ int main(int argc, char** argv) {
   app.add_option("--steps", o.steps)->check(CLI::PositiveNumber);
   app.add_option("--warmup", o.warmup);
   app.add_option("--tp", o.tp);
+  app.add_option("--cp", o.cp);
+  app.add_option("--recompute", o.recompute)->check(CLI::IsMember({"none", "selective", "full"}));
+  app.add_option("--activations-dir", o.activations_dir, "of a file for them");
   app.add_option("--zero-stage", o.zero_stage);
   app.add_option("--local-ranks", o.run.local_ranks);
   app.add_option("--device", o.run.device);

@@ -51,7 +51,7 @@ int64_t Plan::peak() const {
 
 int64_t Plan::limit() const { return budget.value_or(available); }
 
-bool Plan::fits() const { return peak() <= limit(); }
+bool Plan::fits() const { return peak() + staging <= limit(); }
 
 Plan MakePlan(const Config& config, int ranks) {
   Plan plan;
@@ -74,6 +74,15 @@ Plan MakePlan(const Config& config, int ranks) {
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
     plan.ranks.push_back(DryRun(plan.options, PassOf(config, plan.batch), rank));
+  if (config.checkpoint.async && config.checkpoint.every > 0) {
+    int64_t states = 0;
+    for (const RankPlan& rank : plan.ranks) {
+      const auto& peak = rank.memory.peak;
+      states = std::max(states, peak[static_cast<size_t>(MemoryClass::kParameters)] +
+                                    peak[static_cast<size_t>(MemoryClass::kOptimizer)]);
+    }
+    plan.staging = std::min(config.checkpoint.staging, states);
+  }
   return plan;
 }
 
@@ -92,7 +101,7 @@ void CheckFits(const Plan& plan, const Config& config) {
         DryRun(MakeTrainingOptions(other, batch), PassOf(other, batch), largest->rank)
             .memory.peak_total;
     least = std::min(least, peak);
-    if (peak <= plan.limit())
+    if (peak + plan.staging <= plan.limit())
       fitting += fmt::format("{}{} ({:.1f} MB)", fitting.empty() ? "" : ", ", what, Mega(peak));
   };
   const auto try_one = [&](auto&& change, const std::string& what) {
@@ -129,12 +138,15 @@ void CheckFits(const Plan& plan, const Config& config) {
   } else {
     fitting = "what fits: " + fitting;
   }
-  SHOAL_FAIL(ErrorKind::kConfig, "plan",
-             "rank {} needs {:.1f} MB at its peak, and {} {:.1f} MB; {}. memory.overcommit = true "
-             "starts anyhow",
-             largest->rank, Mega(largest->memory.peak_total),
-             plan.budget ? "memory.budget is" : "its share of this machine's memory is",
-             Mega(plan.limit()), fitting);
+  SHOAL_FAIL(
+      ErrorKind::kConfig, "plan",
+      "rank {} needs {:.1f} MB at its peak{}, and {} {:.1f} MB; {}. memory.overcommit = true "
+      "starts anyhow",
+      largest->rank, Mega(largest->memory.peak_total),
+      plan.staging > 0 ? fmt::format(" and {:.1f} MB while a save is written", Mega(plan.staging))
+                       : "",
+      plan.budget ? "memory.budget is" : "its share of this machine's memory is",
+      Mega(plan.limit()), fitting);
 }
 
 std::string PlanJson(const Plan& plan) {
@@ -153,6 +165,7 @@ std::string PlanJson(const Plan& plan) {
   }
   json["bubble"] = plan.pipeline.bubble;
   json["fits"] = plan.fits();
+  json["staging_bytes"] = plan.staging;
   json["parameters"] = plan.parameters;
   json["tokens_per_step"] = plan.tokens_per_step;
   json["micro_batches"] = plan.batch.micro_batches;
@@ -239,6 +252,8 @@ std::string PlanText(const Plan& plan, const Config& config) {
   }
   text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", "together, at once",
                       Mega(plan.ranks[0].memory.peak_total), Mega(plan.peak()));
+  if (plan.staging > 0)
+    line("while a save is written", fmt::format("up to {:.1f} MB more", Mega(plan.staging)));
   text += fmt::format("\n{:<22} {:>14} {:>14}\n", "sent a step", "rank 0, MB", "all, MB");
   for (int a = 0; a < kMeshAxes; ++a) {
     const auto sent = [a](const RankPlan& r) { return r.wire_bytes[static_cast<size_t>(a)]; };

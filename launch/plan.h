@@ -25,7 +25,9 @@ struct Plan {
   std::optional<int64_t> budget;  // memory.budget
   int64_t available = 0;          // memory of this machine, over the ranks on it
 
-  int64_t peak() const;  // the largest rank's
+  int64_t staging = 0;  // of a save that is written behind training, at most
+
+  int64_t peak() const;  // the largest rank's, without staging
   int64_t limit() const;
   bool fits() const;
 };
