@@ -129,7 +129,7 @@ RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank)
   TrainingStep step(options, *communicator);
   const std::vector<Batch> batches(static_cast<size_t>(options.micro_batches),
                                    EmptyBatch(pass, options.length));
-  RankPlan plan = {rank, step.blocks(), {}, {}};
+  RankPlan plan = {rank, step.blocks()};
   const auto add = [&](int sign) {
     for (int a = 0; a < kMeshAxes; ++a)
       plan.wire_bytes[static_cast<size_t>(a)] += sign * step.wire_bytes(static_cast<MeshAxis>(a));
@@ -138,6 +138,7 @@ RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank)
   step.Run(batches, 1);
   add(1);
   plan.memory = context.allocator()->stats();
+  plan.attention = step.DescribeAttention();
   return plan;
 }
 

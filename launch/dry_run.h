@@ -21,6 +21,7 @@ struct RankPlan {
   int blocks = 0;                                  // that it holds
   MemoryStats memory;                              // peaks of one step
   std::array<int64_t, kMeshAxes> wire_bytes = {};  // sent per step, by axis
+  std::string attention;  // how it crosses ranks, and why; empty if it does not
 };
 
 // What rank `rank` of options.mesh.ranks() does in one step.

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "launch/session.h"
+#include "parallel/tensor_parallel.h"
 
 namespace shoal {
 namespace {
@@ -178,6 +180,17 @@ std::string PlanJson(const Plan& plan) {
 
 namespace {
 
+// What each tensor-parallel rank holds: outside blocks, and of the first, as which all others are.
+std::string TensorText(const TrainingOptions& options) {
+  const auto model = BuildModel(options.model);
+  const int tp = options.mesh.tp;
+  std::istringstream lines(DescribeCut(*model, Cut(options.model, tp), tp));
+  std::string text = fmt::format("\ncut over tp {} (of blocks, the first)\n", tp);
+  for (std::string line; std::getline(lines, line);)
+    if (!line.starts_with("blocks.") || line.starts_with("blocks.0.")) text += "  " + line + '\n';
+  return text;
+}
+
 std::string PipelineText(const Plan& plan, const Config& config) {
   const PipelineSimulation& sim = plan.pipeline;
   const PipelineSchedule& schedule = sim.schedule;
@@ -262,6 +275,14 @@ std::string PlanText(const Plan& plan, const Config& config) {
     if (all == 0) continue;
     text += fmt::format("  {:<20} {:>14.1f} {:>14.1f}\n", Name(static_cast<MeshAxis>(a)),
                         Mega(sent(plan.ranks[0])), Mega(all));
+  }
+  if (config.mesh.tp > 1) text += TensorText(options);
+  if (!plan.ranks[0].attention.empty()) text += '\n';
+  for (const RankPlan& rank : plan.ranks) {
+    // Every stage's ranks decide alike.
+    if (rank.attention.empty()) continue;
+    line("attention over cp", rank.attention);
+    break;
   }
   if (config.mesh.pp > 1) text += PipelineText(plan, config);
   for (size_t stage = 0; config.memory.recompute == "auto" && stage < options.recompute.size();

@@ -75,6 +75,10 @@ class TrainingStep {
   double SumLoss(const Batch& batch);
 
   int blocks() const { return blocks_; }  // of this rank
+  // How attention crossed ranks in the last forward, and why so; empty if cp is 1.
+  std::string DescribeAttention() const {
+    return sequence_ == nullptr ? "" : sequence_->Describe();
+  }
   LanguageModel& model() { return *model_; }
   ZeroOptimizer& optimizer() { return *optimizer_; }
   const Mesh& mesh() const { return mesh_; }

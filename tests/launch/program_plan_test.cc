@@ -51,6 +51,18 @@ TEST_F(ProgramPlan, WhatDoesNotFitIsRefusedWithWhatWould) {
       0);
 }
 
+// The layout as text: which rank holds what, and which attention was chosen and why.
+TEST_F(ProgramPlan, SaysHowTheModelIsCut) {
+  WriteText(Path("a.toml"), Long().Text());
+  const std::string text = Must({"plan", "a.toml", "mesh.tp=2", "mesh.cp=2", "--ranks", "4"}).out;
+  for (const char* words :
+       {"cut over tp 2", "blocks.0.attention.q.weight [16, 16]  heads: [0, 8) [8, 16)",
+        "blocks.0.attention_norm.weight [16]\n", "vocab: [0, ", "attention over cp", "forward ",
+        "layout zigzag"})
+    EXPECT_NE(text.find(words), std::string::npos) << words << "\n" << text;
+  EXPECT_EQ(text.find("blocks.1."), std::string::npos);
+}
+
 TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
   WriteText(Path("a.toml"), Long().Text());
   const int64_t none = PlannedPeak({}), full = PlannedPeak({"memory.recompute=full"});
