@@ -53,7 +53,8 @@ TEST_P(SequenceExactness, LogitsOfTenThousand) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, SequenceExactness, ::testing::Range(1, 9));
+INSTANTIATE_TEST_SUITE_P(Ranks, SequenceExactness, ::testing::Values(1, 2, 3, 4, 8));
+INSTANTIATE_TEST_SUITE_P(LongRanks, SequenceExactness, ::testing::Values(5, 6, 7));
 
 // A backward need not move what the forward moved.
 TEST(SequencePasses, MayDiffer) {
