@@ -67,11 +67,7 @@ int Measure(const Options& o, Communicator& communicator) {
   training.sequence.tokens = training.length = o.length;
   training.zero_stage = o.zero_stage;
   training.activations_dir = o.activations_dir;
-  if (o.recompute != "none") {
-    const auto layers = static_cast<int>(preset->layers);
-    const bool full = o.recompute == "full";
-    training.recompute = {{full ? layers : 0, full ? 0 : layers}};
-  }
+  if (o.recompute != "none") training.recompute = RecomputeEvery(o.recompute == "full", training);
   if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
   TrainingStep step(training, communicator);
   const Communicator& data = step.mesh().axis(MeshAxis::kDp);

@@ -79,6 +79,11 @@ bool Tensor::contiguous() const {
   return true;
 }
 
+bool Tensor::SameElements(const Tensor& other) const {
+  return defined() && other.defined() && &storage() == &other.storage() &&
+         view().data == other.view().data && shape() == other.shape();
+}
+
 shoal::View Tensor::view() const {
   shoal::View v;
   if (!defined()) return v;

@@ -99,6 +99,8 @@ class Tensor {
   // No other tensor shares the memory: it may be overwritten.
   bool exclusive() const { return impl_.use_count() == 1 && impl_->storage.use_count() == 1; }
   bool is(const Tensor& other) const { return impl_ == other.impl_; }
+  // Both are there, and are the same elements of the same memory in the same shape.
+  bool SameElements(const Tensor& other) const;
 
   // For kernels. An undefined tensor gives an absent view.
   shoal::View view() const;

@@ -94,7 +94,7 @@ int PlanCommand(const ConfigArguments& arguments, int ranks, bool json) {
       const OpenedData data = OpenData(&config);
       // As ranks share the cores of this machine.
       SetKernelThreads(std::max(1, KernelThreads() / ranks));
-      plan = MakePlan(config, ranks);
+      plan = MakePlan(config, MakeTrainingOptions(config, CheckBatch(config, ranks)), ranks);
       plan.steps_per_epoch = data.loader->train_sequences() / config.batch.sequences;
     });
     if (communicator.rank() != 0) return 0;

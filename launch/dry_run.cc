@@ -4,8 +4,6 @@
 #include <map>
 #include <tuple>
 
-#include "core/base/thread_count.h"
-
 namespace shoal {
 namespace {
 
@@ -25,17 +23,6 @@ Batch EmptyBatch(const PassShape& pass, int64_t length) {
 }
 
 using Recompute = TrainingOptions::Recompute;
-
-class ThreadsScope {
- public:
-  explicit ThreadsScope(int threads) : previous_(KernelThreads()) { SetKernelThreads(threads); }
-  ~ThreadsScope() { SetKernelThreads(previous_); }
-  ThreadsScope(const ThreadsScope&) = delete;
-  ThreadsScope& operator=(const ThreadsScope&) = delete;
-
- private:
-  int previous_;
-};
 
 // The choice of the ranks of one pipeline stage. They must agree: what is run again calls
 // collectives.
@@ -122,7 +109,6 @@ class Search {
 }  // namespace
 
 RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank) {
-  const ThreadsScope threads(pass.threads);
   ExecutionContext context(Device{DeviceType::kMeta});
   const ContextScope scope(context);
   const auto communicator = MakeMetaCommunicator(rank, options.mesh.ranks());

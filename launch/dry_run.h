@@ -9,11 +9,10 @@
 
 namespace shoal {
 
-// One pass of a replica, and how many threads a rank has: kernels take scratch for each.
+// One pass of a replica.
 struct PassShape {
   int64_t sequences = 1;
   bool documents = false;
-  int threads = 1;
 };
 
 struct RankPlan {
@@ -24,7 +23,8 @@ struct RankPlan {
   std::string attention;  // how it crosses ranks, and why; empty if it does not
 };
 
-// What rank `rank` of options.mesh.ranks() does in one step.
+// What rank `rank` of options.mesh.ranks() does in one step. It has as many threads as the caller:
+// kernels take scratch for each.
 RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank);
 
 // FLOPs per token that the choice computes again, over one rank's blocks; a byte of memory traffic

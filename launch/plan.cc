@@ -55,7 +55,7 @@ int64_t Plan::limit() const { return budget.value_or(available); }
 
 bool Plan::fits() const { return peak() + staging <= limit(); }
 
-Plan MakePlan(const Config& config, int ranks) {
+Plan MakePlan(const Config& config, const TrainingOptions& options, int ranks) {
   Plan plan;
   plan.batch = CheckBatch(config, ranks);
   plan.budget = config.memory.budget;
@@ -70,7 +70,7 @@ Plan MakePlan(const Config& config, int ranks) {
                                                config.data.sequence_length);
   plan.flops_per_token = 6.0 * static_cast<double>(matmul) + 6 * attention;
   plan.flops_per_token_full = 6.0 * static_cast<double>(matmul) + 12 * attention;
-  plan.options = MakeTrainingOptions(config, plan.batch);
+  plan.options = options;
   plan.stages = StagesOf(plan.options);
   plan.pipeline = SimulateStep(plan.options);
   // Replicas differ only in how many bytes a rank's shards have on the wire.

@@ -43,8 +43,9 @@ StateBytes StatesOf(const TrainingOptions& options);
 // The passes of a step on a clock of FLOPs; messages take no time.
 PipelineSimulation SimulateStep(const TrainingOptions& options);
 
-// `config` is resolved and supported. Each rank has as many threads as the caller.
-Plan MakePlan(const Config& config, int ranks);
+// `config` is resolved and supported, `options` are made of it. Each rank has as many threads as
+// the caller.
+Plan MakePlan(const Config& config, const TrainingOptions& options, int ranks);
 
 // {"ranks": [{"rank", "bytes": {class..., "peak"}, "wire_bytes": {axis...}}], "bubble", "fits",
 // ...}

@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <sstream>
 
-#include "core/base/thread_count.h"
 #include "core/init.h"
 #include "launch/bootstrap.h"
 #include "launch/hugging_face.h"
@@ -93,12 +92,8 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   const std::string files = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
   if (config.zero.offload == "file") options.offload_dir = files;
   if (config.memory.offload_activations == "file") options.activations_dir = files;
-  const auto layers = static_cast<int>(options.model.layers);
-  if (config.memory.recompute == "full" || config.memory.recompute == "selective") {
-    const bool full = config.memory.recompute == "full";
-    options.recompute.assign(static_cast<size_t>(options.mesh.pp),
-                             {full ? layers : 0, full ? 0 : layers});
-  }
+  if (config.memory.recompute == "full" || config.memory.recompute == "selective")
+    options.recompute = RecomputeEvery(config.memory.recompute == "full", options);
   options.partition_activations = config.memory.partition_activations;
   if (config.sequence.schedule != "auto")
     options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
@@ -121,7 +116,7 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
 }
 
 PassShape PassOf(const Config& config, const BatchPlan& plan) {
-  return {plan.micro, config.data.documents, KernelThreads()};
+  return {plan.micro, config.data.documents};
 }
 
 int64_t MemoryOfRank(int ranks) {

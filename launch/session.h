@@ -24,7 +24,6 @@ OpenedData OpenData(Config* config);
 DType ComputeDType(const std::string& precision);  // as precision.compute names it
 DType ComputeDType(const Config& config);
 TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan);
-// By a rank with as many threads as the caller.
 PassShape PassOf(const Config& config, const BatchPlan& plan);
 // A rank's share of this machine's memory, if `ranks` run on it.
 int64_t MemoryOfRank(int ranks);

@@ -97,7 +97,7 @@ class Run {
     const std::vector<std::string> hosts = communicator_.AllGatherStrings(communicator_.host());
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
-      forecast_ = MakePlan(config_, communicator_.size());
+      forecast_ = MakePlan(config_, options_, communicator_.size());
       forecast_.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
       forecast_.available =
           MemoryOfRank(static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[0])));

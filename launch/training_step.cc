@@ -42,6 +42,12 @@ AxisCut Cut(const ModelConfig& model, int tp) {
   return CutTransformer(tp, model.heads, model.kv_heads, model.head_dim, model.mlp, model.vocab);
 }
 
+std::vector<TrainingOptions::Recompute> RecomputeEvery(bool full, const TrainingOptions& options) {
+  const auto layers = static_cast<int>(options.model.layers);
+  const TrainingOptions::Recompute every = {full ? layers : 0, full ? 0 : layers};
+  return std::vector(static_cast<size_t>(options.mesh.pp), every);
+}
+
 PipelineSchedule ScheduleOf(const TrainingOptions& options, int micro_batches) {
   const int ranks = options.mesh.pp, chunks = options.virtual_stages;
   if (!options.schedule.ends_with(".csv"))

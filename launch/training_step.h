@@ -43,6 +43,9 @@ struct TrainingOptions {
   int64_t length = 0;                 // tokens of a sequence, for the balance
 };
 
+// Every block of every stage whole, or (not `full`) selectively.
+std::vector<TrainingOptions::Recompute> RecomputeEvery(bool full, const TrainingOptions& options);
+
 // The order of a step's passes; Error(kConfig) if there is none for so many ranks and
 // micro-batches.
 PipelineSchedule ScheduleOf(const TrainingOptions& options, int micro_batches);

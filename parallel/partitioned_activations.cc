@@ -28,9 +28,7 @@ SavedTensorHooks PartitionActivations(Communicator& group, SavedTensorHooks inne
     const bool alike = group.axis() && t.placement()[*group.axis()].SameOnAllRanks();
     if (group.size() == 1 || !alike || !t.contiguous())
       return Kept{std::make_shared<std::any>(inner.pack(t)), {}};
-    const bool again = last->whole.defined() && &last->whole.storage() == &t.storage() &&
-                       last->whole.view().data == t.view().data && last->whole.shape() == t.shape();
-    if (!again) {
+    if (!last->whole.SameElements(t)) {
       const int64_t begin = ShardBegin(t.numel(), group.rank(), group.size());
       const int64_t end = ShardBegin(t.numel(), group.rank() + 1, group.size());
       const Tensor part = t.Reshaped({-1}).Narrowed(0, begin, end - begin).Clone();

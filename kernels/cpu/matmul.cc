@@ -91,8 +91,10 @@ void Matmul(const Stream& stream, const View& d, const View& a, const View& b, c
   SHOAL_CHECK(Normalize(p.m, p.n, p.d_row, d_column) && d_column == 1, "matmul",
               "d {} needs stride 1 in its last dimension and rows apart, not {}",
               d.shape.ToString(), d.strides.ToString());
-  if (p.k == 0 && stream.counting()) return;
-  if (p.k == 0) return AddBiasOnly(p);
+  if (p.k == 0) {
+    if (!stream.counting()) AddBiasOnly(p);
+    return;
+  }
   SHOAL_CHECK(Normalize(p.m, p.k, p.a_row, p.a_column), "matmul",
               "a {} needs stride 1 in one of its last two dimensions, not {}", a.shape.ToString(),
               a.strides.ToString());

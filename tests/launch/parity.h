@@ -114,9 +114,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.virtual_stages = recipe.virtual_stages;
   options.schedule = recipe.schedule;
   if (recipe.recompute || recipe.selective)
-    options.recompute.assign(
-        static_cast<size_t>(recipe.pp),
-        {recipe.recompute ? recipe.layers : 0, recipe.selective ? recipe.layers : 0});
+    options.recompute = RecomputeEvery(recipe.recompute, options);
   options.partition_activations = recipe.partition_activations;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
