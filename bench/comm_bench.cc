@@ -51,11 +51,18 @@ void Measure(const Options& o, Communicator& c, int64_t mb) {
                                   MPI_SUM, MPI_COMM_WORLD);
                   }});
   if (!o.mpi_only) {
-    for (const auto& [view, all_reduce, reduce_scatter, all_gather] :
-         {std::tuple(shared, "all_reduce_pool", "reduce_scatter_pool", "all_gather_pool"),
-          std::tuple(priv, "all_reduce", "reduce_scatter", "all_gather")}) {
+    const int64_t begin = ShardBegin(n, c.rank(), c.size());
+    const View into =
+        other.Narrowed(0, begin, ShardBegin(n, c.rank() + 1, c.size()) - begin).view();
+    for (const auto& [view, all_reduce, reduce_scatter, reduce_scatter_into, all_gather] :
+         {std::tuple(shared, "all_reduce_pool", "reduce_scatter_pool", "reduce_scatter_into_pool",
+                     "all_gather_pool"),
+          std::tuple(priv, "all_reduce", "reduce_scatter", "reduce_scatter_into", "all_gather")}) {
       arms.push_back({all_reduce, [&c, v = view] { c.AllReduce(std::span(&v, 1)); }});
       arms.push_back({reduce_scatter, [&c, v = view] { c.ReduceScatter(std::span(&v, 1)); }});
+      arms.push_back({reduce_scatter_into, [&c, into, v = view] {
+                        c.ReduceScatter(std::span(&v, 1), {}, Traffic::kData, into);
+                      }});
       arms.push_back({all_gather, [&c, v = view] { c.AllGather(std::span(&v, 1)); }});
     }
   }

@@ -42,8 +42,10 @@ double GemmGflops(DType dtype) {
 
 struct Options {
   std::string model = "llama-60m", precision = "fp32", recompute = "none", activations_dir;
+  std::string compress = "none";
   int64_t batch = 4, length = 256, micro_batches = 1;
   int threads = 0, steps = 10, warmup = 2, tp = 1, cp = 1, zero_stage = 0;
+  bool in_backward = false;
   RunOptions run;
 };
 
@@ -62,7 +64,9 @@ int Measure(const Options& o, Communicator& communicator) {
                            ? AccumulatorDType(training.compute)
                            : training.compute;
   training.rule.weight_decay = 0.1;
-  training.clip = 1;
+  training.update_in_backward = o.in_backward;
+  training.clip = o.in_backward ? 0 : 1;
+  training.compress_activations = ParseActivationFormat(o.compress);
   training.mesh = {.dp = 0, .tp = o.tp, .cp = o.cp};
   training.sequence.tokens = training.length = o.length;
   training.zero_stage = o.zero_stage;
@@ -135,6 +139,8 @@ int main(int argc, char** argv) {
   app.add_option("--cp", o.cp);
   app.add_option("--recompute", o.recompute)->check(CLI::IsMember({"none", "selective", "full"}));
   app.add_option("--activations-dir", o.activations_dir, "of a file for them");
+  app.add_option("--compress", o.compress)->check(CLI::IsMember({"none", "bf16", "int8"}));
+  app.add_flag("--in-backward", o.in_backward, "updates; without clipping");
   app.add_option("--zero-stage", o.zero_stage);
   app.add_option("--local-ranks", o.run.local_ranks);
   app.add_option("--device", o.run.device);

@@ -75,7 +75,10 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
       std::make_shared<Node>(name, out.shape(), options.gradient_dtype.value_or(out.dtype()));
   for (const Tensor& input : inputs)
     node->inputs_.push_back(input.defined() ? input.node() : nullptr);
-  for (const Tensor& t : kept) node->saved_.emplace_back(t);
+  for (int i = 0; i < std::ssize(kept); ++i) {
+    const bool exact = std::ranges::find(options.exact, i) != options.exact.end();
+    node->saved_.emplace_back(kept[static_cast<size_t>(i)], exact);
+  }
   node->backward_ = std::move(backward);
   node->split_ = options.split;
   node->identity_ = options.identity;

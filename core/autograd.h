@@ -144,6 +144,8 @@ struct RecordOptions {
   bool linear = false;                  // in all inputs together; see UniformPlacement
   bool split = true;  // false: its backward is one pass, also where weights' gradients are deferred
   bool identity = false;  // `out` has the values and the shape of the first input
+  // Of `kept`: statistics, one for many values. They are kept as they are where others are rounded.
+  std::vector<int> exact = {};
   // `out` again, from `inputs`, which its backward keeps or which are parameters. For what costs
   // little beside the bytes: see RematerializeScope.
   std::function<Tensor(const std::vector<Tensor>&)> recompute;

@@ -15,7 +15,12 @@ namespace shoal {
 struct SavedTensorHooks {
   std::function<std::any(const Tensor&)> pack;
   std::function<Tensor(const std::any&)> unpack;
+  bool rounds = false;  // what comes back is not exact: see RecordOptions::exact
 };
+
+// Ops that read one value keep it each, one after the other and in one shape or another: these
+// hooks give them one pack.
+SavedTensorHooks PackOnce(SavedTensorHooks hooks);
 
 // The hooks apply to tensors kept by this thread while in scope; the innermost scope wins.
 class SavedTensorScope {
@@ -51,7 +56,7 @@ class SavedTensor {
   // Keeps `t` without its place in the graph (an op that keeps its own output would else keep
   // itself). Parameters are not activations: their memory is the optimizer's affair, and hooks do
   // not see them.
-  SavedTensor(const Tensor& t);  // NOLINT: ops list what they keep
+  SavedTensor(const Tensor& t, bool exact = false);  // NOLINT: ops list what they keep
   // Gives the tensor up: when nobody else shares its memory, the caller may overwrite it.
   Tensor Take();
   bool defined() const {

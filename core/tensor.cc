@@ -81,7 +81,8 @@ bool Tensor::contiguous() const {
 
 bool Tensor::SameElements(const Tensor& other) const {
   return defined() && other.defined() && &storage() == &other.storage() &&
-         view().data == other.view().data && shape() == other.shape();
+         view().data == other.view().data && shape() == other.shape() &&
+         strides() == other.strides() && dtype() == other.dtype();
 }
 
 shoal::View Tensor::view() const {

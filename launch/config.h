@@ -63,6 +63,7 @@ struct OptimConfig {
   double min_lr_fraction = 0.1;
   double decay_fraction = 0.2;
   std::string non_finite = "halt";
+  bool in_backward = false;
   bool operator==(const OptimConfig&) const = default;
 };
 
@@ -84,7 +85,7 @@ struct ZeroConfig {
 
 struct PipelineConfig {
   std::string schedule = "1f1b";
-  int64_t virtual_stages = 1;
+  std::optional<int64_t> virtual_stages;
   std::optional<std::vector<int64_t>> blocks;  // of each stage; left out: balanced
   bool operator==(const PipelineConfig&) const = default;
 };
@@ -106,6 +107,7 @@ struct MemoryConfig {
   std::optional<int64_t> budget;  // bytes
   bool overcommit = false;
   std::string offload_activations = "none";
+  std::string compress_activations = "none";
   bool partition_activations = false;
   bool operator==(const MemoryConfig&) const = default;
 };

@@ -226,6 +226,17 @@ void CheckSupported(const Config& config) {
                "precision.gradients \"{}\" is narrower than precision.compute \"{}\": leave it at "
                "\"auto\"",
                p.gradients, p.compute);
+  if (config.memory.compress_activations == "bf16" && p.compute == "bf16")
+    SHOAL_FAIL(
+        ErrorKind::kConfig, "config",
+        "memory.compress_activations = \"bf16\" saves nothing where precision.compute is bf16: "
+        "leave it out, or set it to \"int8\"");
+  if (config.optim.in_backward && (config.optim.clip > 0 || config.optim.non_finite != "halt"))
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "optim.in_backward updates weights before the whole gradient is known, which "
+               "optim.clip {} and optim.non_finite \"{}\" need: set optim.clip = 0 and "
+               "optim.non_finite = \"halt\", or leave optim.in_backward out",
+               config.optim.clip, config.optim.non_finite);
   const auto later = [](bool wanted, const std::string& what) {
     if (wanted)
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",

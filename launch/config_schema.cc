@@ -133,6 +133,8 @@ std::vector<ConfigKey> BuildSchema() {
           "a step whose loss or gradient is not finite ends the run, is not applied (ten in a row "
           "end it), or sends the run back to its newest save and past the batch (three times)")
           .OneOf({"halt", "skip", "rollback"}),
+      KEY(optim, in_backward,
+          "update weights inside backward, as soon as their gradients are final, and free these"),
 
       KEY(mesh, dp, "data-parallel replicas").In(1, kDegree).LeftOut("fills the ranks there are"),
       KEY(mesh, tp, "tensor-parallel ranks").In(1, kDegree),
@@ -155,7 +157,9 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(pipeline, schedule, "order of the passes, or a file that holds one")
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})
           .OrFile(".csv"),
-      KEY(pipeline, virtual_stages, "stages of one rank").In(1, 1000),
+      KEY(pipeline, virtual_stages, "stages of one rank")
+          .In(1, 1000)
+          .LeftOut("2 for zb_v, else 1"),
       KEY(pipeline, blocks, "how many blocks each stage has, in the order of the model")
           .In(0, kSize)
           .LeftOut("balanced by FLOPs"),
@@ -181,6 +185,10 @@ std::vector<ConfigKey> BuildSchema() {
           "tensor-parallel ranks keep parts of what all of them would keep"),
       KEY(memory, offload_activations, "where what backward needs lives between the passes")
           .OneOf({"none", "host", "file"}),
+      KEY(memory, compress_activations,
+          "what backward needs is kept in fewer bits: in bf16, or in 8 bits with a scale for each "
+          "64 values. Gradients are those of the rounded activations")
+          .OneOf({"none", "bf16", "int8"}),
 
       KEY(method, name, "which weights are trained, and how")
           .OneOf({"full", "lora", "sltrain", "peqa", "l4q"}),

@@ -19,6 +19,21 @@ FullDisk WaitForRoom(const CheckpointConfig& config, const Console& console) {
   return {config.full_disk_wait, [&console](const std::string& what) { console.Alert(what); }, {}};
 }
 
+// Adds the time it lives to what training has waited for the save under way.
+class RunSaves::Waiting {
+ public:
+  explicit Waiting(std::optional<UnderWay>& save) : save_(save), begin_(Clock::now()) {}
+  ~Waiting() {
+    if (save_) save_->waited += Clock::now() - begin_;
+  }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  std::optional<UnderWay>& save_;
+  const Clock::time_point begin_;
+};
+
 RunSaves::RunSaves(const CheckpointConfig& config, Communicator& communicator, Console& console,
                    std::string directory, TrainingStep& step, std::function<void()> before_commit)
     : config_(config),
@@ -36,7 +51,10 @@ RunSaves::RunSaves(const CheckpointConfig& config, Communicator& communicator, C
   const auto mine = static_cast<double>(saver_->plan().layout.size);
   all_bytes_ = static_cast<int64_t>(communicator_.Sum(mine));
   largest_file_ = static_cast<int64_t>(communicator_.Max(mine));
-  step_.set_before_update([this] { saver_->WaitCopied(); });
+  step_.set_before_update([this] {
+    const Waiting waiting(under_way_);
+    saver_->WaitCopied();
+  });
 }
 
 RunSaves::~RunSaves() { step_.set_before_update(nullptr); }
@@ -55,7 +73,10 @@ void RunSaves::Begin(const SaveInfo& info) {
   console_.Info(fmt::format("save of step {} requested", info.step));
   failed_step_ = 0;
   under_way_ = UnderWay{info, Clock::now()};
-  Agree(communicator_, [&] { saver_->Begin(info.step, step_.State(true)); });
+  {
+    const Waiting waiting(under_way_);
+    Agree(communicator_, [&] { saver_->Begin(info.step, step_.State(true)); });
+  }
   if (!config_.async) Finish();
 }
 
@@ -79,7 +100,8 @@ void RunSaves::Advance(bool any_rank_busy) {
   if (communicator_.rank() != 0) under_way_->durable = Clock::now();
   const std::chrono::duration<double> took = under_way_->durable - under_way_->requested;
   set_last(SavePath(directory_, step));
-  console_.Info(fmt::format("save of step {} durable after {:.2f} s", step, took.count()));
+  console_.Info(fmt::format("save of step {} durable after {:.2f} s; training waited {:.2f} s",
+                            step, took.count(), under_way_->waited.count()));
   under_way_.reset();
 }
 
@@ -111,8 +133,12 @@ void RunSaves::CommitParts() {
 
 void RunSaves::Finish() {
   while (under_way_) {
-    Advance(communicator_.Max(Busy() ? 1 : 0) > 0);
-    if (Busy()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const bool busy = communicator_.Max(Busy() ? 1 : 0) > 0;
+    const Waiting waiting(under_way_);
+    if (busy)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    else
+      Advance(false);
   }
 }
 

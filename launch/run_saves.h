@@ -57,7 +57,9 @@ class RunSaves {
     std::chrono::steady_clock::time_point requested;
     bool committing = false;
     std::chrono::steady_clock::time_point durable = {};  // on rank 0; the others hear of it later
+    std::chrono::duration<double> waited = {};           // training, for it
   };
+  class Waiting;
   void CommitParts();
 
   const CheckpointConfig config_;

@@ -90,8 +90,10 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   // A CPU rank's states are in the host's memory as they are. A file has no name: it need not lie
   // in run.dir, which is made last.
   const std::string files = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
+  options.update_in_backward = config.optim.in_backward;
   if (config.zero.offload == "file") options.offload_dir = files;
   if (config.memory.offload_activations == "file") options.activations_dir = files;
+  options.compress_activations = ParseActivationFormat(config.memory.compress_activations);
   if (config.memory.recompute == "full" || config.memory.recompute == "selective")
     options.recompute = RecomputeEvery(config.memory.recompute == "full", options);
   options.partition_activations = config.memory.partition_activations;
@@ -100,7 +102,8 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.sequence.layout = ParseSequenceLayout(config.sequence.layout);
   options.sequence.tokens = config.data.sequence_length;
   options.schedule = config.pipeline.schedule;
-  options.virtual_stages = static_cast<int>(config.pipeline.virtual_stages);
+  options.virtual_stages = static_cast<int>(
+      config.pipeline.virtual_stages.value_or(config.pipeline.schedule == "zb_v" ? 2 : 1));
   if (config.pipeline.blocks)
     options.blocks_per_stage.assign(config.pipeline.blocks->begin(), config.pipeline.blocks->end());
   options.micro_batches = static_cast<int>(plan.micro_batches);

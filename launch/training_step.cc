@@ -108,8 +108,10 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   }
   TieHead();
   if (!options.activations_dir.empty())
-    offload_ =
+    keep_ =
         OffloadActivations(std::make_shared<MappedFile>(options.activations_dir, "activations"));
+  if (options.compress_activations != ActivationFormat::kOwn)
+    keep_ = CompressActivations(options.compress_activations, keep_);
   if (!options.recompute.empty()) {
     const auto [full, selective] =
         options.recompute[static_cast<size_t>(mesh_.coordinate(MeshAxis::kPp))];
@@ -126,6 +128,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   zero.shard_ranks = options.shard_ranks;
   zero.bucket_bytes = options.bucket_bytes;
   zero.offload_dir = options.offload_dir;
+  zero.in_backward = options.update_in_backward;
   zero.compute = options.compute;
   zero.gradients = options.gradients;
   zero.rule = options.rule;
@@ -242,9 +245,9 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   begin_(tokens_);
   std::optional<SavedTensorScope> kept;
   if (options_.partition_activations && training)
-    kept.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp), offload_));
-  else if (offload_.pack && training)
-    kept.emplace(offload_);
+    kept.emplace(PartitionActivations(mesh_.axis(MeshAxis::kTp), keep_));
+  else if (keep_.pack && training)
+    kept.emplace(keep_);
   Tensor x = in;
   const auto [begin, end] = segments_[static_cast<size_t>(chunk)];
   for (int s = begin; s < end; ++s) {
@@ -303,6 +306,8 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
                    Mutated(Mutation::kMeanOfMicroBatchMeans) ? of_mean : normalizer, true);
   };
   work.boundary = [&](int i) { return Boundary(at(i)); };
+  if (options_.update_in_backward && before_update_) before_update_();
+  optimizer_->BeginStep(lr);
   work.shared = [&](int chunk, bool last) { optimizer_->FinishPass(chunk, last); };
   const double loss = Executor(static_cast<int>(micro_batches.size())).Run(work);
   optimizer_->FinishStep();
@@ -311,7 +316,7 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
   result.grad_norm = optimizer_->GradNorm();
   // All ranks have the same sums, and so decide the same.
   result.updated = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
-  if (before_update_) before_update_();
+  if (!options_.update_in_backward && before_update_) before_update_();
   if (result.updated) {
     optimizer_->Step(lr, ClipScale(result.grad_norm, options_.clip));
   } else {

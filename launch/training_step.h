@@ -7,6 +7,7 @@
 
 #include "core/state_dict.h"
 #include "data/loader.h"
+#include "memory/compress_activations.h"
 #include "models/registry.h"
 #include "optim/zero/zero.h"
 #include "parallel/pipeline.h"
@@ -27,8 +28,10 @@ struct TrainingOptions {
   int zero_stage = 0;
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
-  std::string offload_dir;      // of the optimizer's states; empty: they are in memory
-  std::string activations_dir;  // of activations between forward and backward; the same
+  bool update_in_backward = false;  // each bucket when its gradient is final: no clipping
+  std::string offload_dir;          // of the optimizer's states; empty: they are in memory
+  std::string activations_dir;      // of activations between forward and backward; the same
+  ActivationFormat compress_activations = ActivationFormat::kOwn;
   // How backward gets the activations of this many of a rank's blocks, from its first.
   struct Recompute {
     int full = 0, selective = 0;
@@ -65,12 +68,14 @@ class TrainingStep {
     double loss = 0;       // mean over the global tokens, before the update
     double grad_norm = 0;  // global, before clipping
     int64_t tokens = 0;    // labelled, over all ranks
-    bool updated = true;   // false: loss or norm is not finite, and nothing but this has happened
+    // False: loss or norm is not finite, and nothing but this has happened; except where updates
+    // happen in backward: then parameters and states may be no numbers either.
+    bool updated = true;
   };
   // `micro_batches`: this replica's share of the step, whole sequences. Collective.
   Result Run(std::span<const Batch> micro_batches, double lr);
-  // Called in Run between the passes, which only read parameters and optimizer states, and the
-  // update, which changes them.
+  // Called in Run before parameters and optimizer states change: between the passes and the update,
+  // or before the passes.
   void set_before_update(std::function<void()> call) { before_update_ = std::move(call); }
 
   // Sum of the labels' negative log likelihoods of this replica's batch, without dropout. The ranks
@@ -125,7 +130,7 @@ class TrainingStep {
   int64_t tokens_ = 0;                       // of the forward that began last
   std::unique_ptr<Communicator> tied_;       // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
-  SavedTensorHooks offload_;  // of activations; none: they stay
+  SavedTensorHooks keep_;  // of activations; none: they stay as they are
   std::function<void()> before_update_;
   std::unique_ptr<ZeroOptimizer> optimizer_;
 };

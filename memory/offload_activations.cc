@@ -14,13 +14,9 @@ struct Stored {
 
 struct State {
   std::shared_ptr<MappedFile> file;
-  // Linears that read one value keep it each: they share what was stored last.
-  Tensor last;
-  std::shared_ptr<Stored> last_stored;
   std::vector<std::weak_ptr<Stored>> order;
 
   std::shared_ptr<Stored> Store(const Tensor& t) {
-    if (last.SameElements(t)) return last_stored;
     while (!order.empty() && order.back().expired()) order.pop_back();
     auto stored = std::make_shared<Stored>();
     {
@@ -33,14 +29,10 @@ struct State {
     order.push_back(stored);
     const View view = stored->in_file.view();
     file->Retire(std::span(&view, 1));
-    last = t;
-    last_stored = stored;
     return stored;
   }
 
   Tensor Load(const Stored& stored) {
-    last = Tensor();
-    last_stored = nullptr;
     const Tensor t = stored.in_file.Clone();
     // Backward asks next for what was kept before.
     for (size_t i = stored.number; i-- > 0;) {
@@ -68,7 +60,7 @@ SavedTensorHooks OffloadActivations(std::shared_ptr<MappedFile> file) {
     if (const auto* small = std::any_cast<Tensor>(&packed)) return *small;
     return state->Load(*std::any_cast<const std::shared_ptr<Stored>&>(packed));
   };
-  return hooks;
+  return PackOnce(std::move(hooks));
 }
 
 }  // namespace shoal

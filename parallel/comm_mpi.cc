@@ -161,14 +161,15 @@ class MpiCommunicator : public Communicator {
     const InCollective mark(Collective::kAllReduce);
     if (window_ != nullptr) return window_->AllReduce(pieces, op);
     const std::vector<int64_t> bounds = ShardBounds(Elements(pieces), size_);
-    ReduceScatterMpi(pieces, bounds, op);
+    ReduceScatterMpi(pieces, bounds, op, nullptr);
     AllGatherMpi(pieces, bounds);
   }
 
-  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                       char* into) override {
     const InCollective mark(Collective::kReduceScatter);
-    if (window_ != nullptr) return window_->ReduceScatter(pieces, bounds);
-    ReduceScatterMpi(pieces, bounds, ReduceOp::kSum);
+    if (window_ != nullptr) return window_->ReduceScatter(pieces, bounds, into);
+    ReduceScatterMpi(pieces, bounds, ReduceOp::kSum, into);
   }
 
   void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
@@ -311,8 +312,8 @@ class MpiCommunicator : public Communicator {
   }
 
   // Every rank sends each its share, and the owner adds them up in rank order.
-  void ReduceScatterMpi(std::span<const View> pieces, std::span<const int64_t> bounds,
-                        ReduceOp op) const {
+  void ReduceScatterMpi(std::span<const View> pieces, std::span<const int64_t> bounds, ReduceOp op,
+                        char* into) const {
     const DType dtype = pieces[0].dtype;
     const int64_t width = static_cast<int64_t>(SizeOf(dtype));
     const int64_t mine = bounds[static_cast<size_t>(rank_)];
@@ -328,10 +329,11 @@ class MpiCommunicator : public Communicator {
         [&](int r, int64_t first, int64_t count, const char* in) {
           sources.push_back(in);
           if (r + 1 < size_) return;
-          parts.resize(static_cast<size_t>(count * width));
-          void* const outs[] = {parts.data()};
+          const int64_t at = first - to[static_cast<size_t>(r)];
+          if (into == nullptr) parts.resize(static_cast<size_t>(count * width));
+          void* const outs[] = {into != nullptr ? into + at * width : parts.data()};
           ReduceArrays(dtype, op, sources, outs, count);
-          Cursor(pieces, mine + first - to[static_cast<size_t>(r)]).CopyOut(count, parts.data());
+          if (into == nullptr) Cursor(pieces, mine + at).CopyOut(count, parts.data());
           sources.clear();
         });
   }

@@ -105,9 +105,10 @@ class ThreadCommunicator : public Communicator {
     });
   }
 
-  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
+  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                       char* into) override {
     Together("reduce-scatter", {pieces, bounds}, [&] {
-      DirectArrays{pieces, Arrays(), rank_}.ReduceScatter(bounds);
+      DirectArrays{pieces, Arrays(), rank_}.ReduceScatter(bounds, into);
     });
   }
 

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "parallel/pieces.h"
+
 namespace shoal {
 namespace {
 
@@ -27,7 +29,7 @@ class SelfCommunicator : public Communicator {
 
  protected:
   void DoAllReduce(std::span<const View>, ReduceOp) override {}
-  void DoReduceScatter(std::span<const View>, std::span<const int64_t>) override {}
+  void DoReduceScatter(std::span<const View>, std::span<const int64_t>, char*) override {}
   void DoAllGather(std::span<const View>, std::span<const int64_t>) override {}
   void DoAllToAll(const View&, std::span<const int64_t>, const View&,
                   std::span<const int64_t>) override {}
@@ -123,16 +125,22 @@ void Communicator::AllReduce(std::span<const View> pieces, ReduceOp op, Traffic 
 }
 
 void Communicator::ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
-                                 Traffic traffic) {
-  if (size() == 1 || pieces.empty()) return;
+                                 Traffic traffic, const View& into) {
+  if (pieces.empty() || (size() == 1 && !into)) return;
   const int64_t elements = CheckPieces("reduce-scatter", pieces);
   CheckFloat("reduce-scatter", pieces[0].dtype);
   const std::vector<int64_t> b = Bounds("reduce-scatter", bounds, elements, size());
+  const auto me = static_cast<size_t>(rank());
+  SHOAL_CHECK(!into || (into.contiguous() && into.dtype == pieces[0].dtype &&
+                        into.numel() == b[me + 1] - b[me]),
+              "reduce-scatter", "{} {} for a share of {} elements of {}", into.shape.ToString(),
+              Name(into.dtype), b[me + 1] - b[me], Name(pieces[0].dtype));
   const int64_t sent = SentToScatter(b, rank());
   const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
   if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "ReduceScatter");
-  DoReduceScatter(pieces, b);
+  if (size() == 1) return Cursor(pieces).CopyIn(elements, into.as<char>());
+  DoReduceScatter(pieces, b, into.as<char>());
 }
 
 int64_t Communicator::AllGatherBytes(std::span<const View> pieces,

@@ -50,10 +50,12 @@ class Communicator {
   // sizes agree between the ranks.
   void AllReduce(std::span<const View> pieces, ReduceOp op = ReduceOp::kSum,
                  Traffic traffic = Traffic::kData);
-  // In place: afterwards this rank's share holds the sum over the ranks; the rest keeps what it
-  // was. `bounds`, if given, has size() + 1 offsets from 0 to the number of elements.
+  // Afterwards this rank's share holds the sum over the ranks; the rest keeps what it was.
+  // `bounds`, if given, has size() + 1 offsets from 0 to the number of elements. With `into`,
+  // contiguous, of the pieces' dtype and of the share's size, the sum goes there and no piece
+  // changes.
   void ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds = {},
-                     Traffic traffic = Traffic::kData);
+                     Traffic traffic = Traffic::kData, const View& into = {});
   // In place: every rank's share, from where that rank holds it, to all. Any dtype.
   void AllGather(std::span<const View> pieces, std::span<const int64_t> bounds = {},
                  Traffic traffic = Traffic::kData);
@@ -110,7 +112,9 @@ class Communicator {
  protected:
   virtual void DoAllReduce(std::span<const View> pieces, ReduceOp op) = 0;
   // `bounds` is always given to these.
-  virtual void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) = 0;
+  // `into` null: in place.
+  virtual void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                               char* into) = 0;
   virtual void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) = 0;
   virtual void DoAllToAll(const View& send, std::span<const int64_t> send_counts,
                           const View& receive, std::span<const int64_t> receive_counts) = 0;

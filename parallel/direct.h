@@ -20,13 +20,14 @@ struct DirectArrays {
   int rank;
 
   void AllReduce(ReduceOp op) const;
-  void ReduceScatter(std::span<const int64_t> bounds) const;
+  void ReduceScatter(std::span<const int64_t> bounds, char* into) const;  // null: in place
   void AllGather(std::span<const int64_t> bounds) const;
 
  private:
   int size() const { return static_cast<int>(peers.size()); }
   char* At(int r, size_t piece, int64_t element) const;
-  void Reduce(ReduceOp op, int64_t begin, int64_t end, bool into_all) const;
+  enum class Into { kMine, kAll, kElsewhere };
+  void Reduce(ReduceOp op, int64_t begin, int64_t end, Into into, char* elsewhere) const;
 };
 
 }  // namespace shoal

@@ -24,6 +24,7 @@ SavedTensorHooks PartitionActivations(Communicator& group, SavedTensorHooks inne
   }
   const auto last = std::make_shared<Last>();
   SavedTensorHooks hooks;
+  hooks.rounds = inner.rounds;
   hooks.pack = [&group, last, inner](const Tensor& t) -> std::any {
     const bool alike = group.axis() && t.placement()[*group.axis()].SameOnAllRanks();
     if (group.size() == 1 || !alike || !t.contiguous())

@@ -12,7 +12,7 @@ namespace shoal {
 namespace {
 
 // Kept by the node: of ulysses all rows of some heads, else this rank's rows.
-enum Kept { kQ, kK, kV, kOut, kLse };
+enum Kept { kQ, kK, kV, kLse, kOut };
 
 // Schedules that are as a batch's documents say are made anew for each; a few are kept for batches
 // that come again.
@@ -156,10 +156,11 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
       Keep({x.out, x.lse});
   }
   const std::vector<Tensor> kept =
-      heads ? std::vector{x.head_q, x.head_k, x.head_v, x.head_out, x.head_lse}
-            : std::vector{q, k, v, x.out, x.lse};
+      heads ? std::vector{x.head_q, x.head_k, x.head_v, x.head_lse, x.head_out}
+            : std::vector{q, k, v, x.lse, x.out};
   RecordOptions record;
   record.split = false;  // it communicates, and must do so once
+  record.exact = {kLse};
   return Record(
       "sequence_attention", x.out, {q, k, v}, kept,
       [group = group_, plan, options, heads](GradContext& context) {

@@ -110,8 +110,10 @@ void SharedWindow::AllReduce(std::span<const View> pieces, ReduceOp op) {
 }
 
 // A chunk holds a part of every rank's share, so that all have sums to take in each.
-void SharedWindow::ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) {
-  if (Direct("reduce-scatter", pieces, [&](const DirectArrays& all) { all.ReduceScatter(bounds); }))
+void SharedWindow::ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                                 char* into) {
+  if (Direct("reduce-scatter", pieces,
+             [&](const DirectArrays& all) { all.ReduceScatter(bounds, into); }))
     return;
   const int64_t width = Width(pieces), part = kStagingBytes / width / size_;
   std::vector<Cursor> in = Cursors(pieces, bounds);
@@ -128,7 +130,7 @@ void SharedWindow::ReduceScatter(std::span<const View> pieces, std::span<const i
       for (int r = 0; r < size_; ++r)
         sources[static_cast<size_t>(r)] = Staging(r) + rank_ * part * width + offset;
       sources[static_cast<size_t>(rank_)] = memory;
-      void* const outs[] = {memory};
+      void* const outs[] = {into != nullptr ? into + at * width + offset : memory};
       ReduceArrays(pieces[0].dtype, ReduceOp::kSum, sources, outs, bytes / width);
     });
   }

@@ -36,7 +36,9 @@ class SharedWindow {
   void Barrier() { barrier_->Wait(size_); }
   // As of Communicator, whose promises hold.
   void AllReduce(std::span<const View> pieces, ReduceOp op);
-  void ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds);
+  // `into` null: in place.
+  void ReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                     char* into = nullptr);
   void AllGather(std::span<const View> pieces, std::span<const int64_t> bounds);
   // Rank r's elements begin at from[r] of what is sent and at to[r] of what is received; no rank
   // sends more than `longest` to another.

@@ -28,11 +28,14 @@ AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
     lse.set_placement(VaryingLike(operands));
     Keep({out, lse});
   }
+  RecordOptions record;
+  record.exact = {3};
+  // `out` last: the projection behind it keeps it too (PackOnce).
   out = Record(
-      "attention", out, {q, k, v}, {q, k, v, out, lse, q_document, k_document},
+      "attention", out, {q, k, v}, {q, k, v, lse, out, q_document, k_document},
       [options](GradContext& context) {
         const Tensor q = context.Saved(0), k = context.Saved(1), v = context.Saved(2);
-        const Tensor out = context.Saved(3), lse = context.Saved(4);
+        const Tensor lse = context.Saved(3), out = context.Saved(4);
         const Tensor q_document = context.Saved(5), k_document = context.Saved(6);
         Tensor dq = Tensor::Empty(q.shape(), q.dtype());
         Tensor dk = Tensor::Empty(k.shape(), k.dtype());
@@ -44,7 +47,8 @@ AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
         context.Give(0, std::move(dq));
         context.Give(1, std::move(dk));
         context.Give(2, std::move(dv));
-      });
+      },
+      record);
   return {out, lse};
 }
 

@@ -40,6 +40,7 @@ Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
   const Tensor rstd = Statistic(x);
   RecordOptions options;
   options.split = false;
+  options.exact = {2};  // rstd
   options.recompute = [eps](const std::vector<Tensor>& in) {
     return RmsNormTo(Statistic(in[0], MemoryClass::kWorkspace), in[0], in[1], eps);
   };
@@ -63,6 +64,7 @@ Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, doub
   const Tensor mean = Statistic(x), rstd = Statistic(x);
   RecordOptions options;
   options.split = false;
+  options.exact = {2, 3};  // mean, rstd
   options.recompute = [eps](const std::vector<Tensor>& in) {
     const auto scrap = [&] { return Statistic(in[0], MemoryClass::kWorkspace); };
     return LayerNormTo(scrap(), scrap(), in[0], in[1], in[2], eps);

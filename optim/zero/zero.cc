@@ -235,9 +235,12 @@ void ZeroOptimizer::HookGradients(Bucket& bucket) {
   for (Parameter* p : bucket.parameters) {
     if (p->shape().numel() == 0) continue;
     p->leaf().hooks.push_back([this, &bucket, event](GradEvent e) {
+      if (e == GradEvent::kFinal) bucket.final = true;
       if (e != event) return;
+      // Updates in backward: whether a gradient is final is known when the next one comes.
+      if (options_.in_backward) ReduceReady(bucket.pass);
       --bucket.waiting;
-      ReduceReady(bucket.pass);
+      if (!options_.in_backward) ReduceReady(bucket.pass);
     });
   }
 }
@@ -249,6 +252,7 @@ void ZeroOptimizer::ReduceReady(int pass) {
 }
 
 void ZeroOptimizer::Reduce(Bucket& bucket) {
+  if (file_ != nullptr && options_.in_backward) file_->Prefetch(States(bucket));
   std::vector<View> pieces, share;
   for (Parameter* p : bucket.parameters) {
     Leaf& leaf = p->leaf();
@@ -261,14 +265,21 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
   if (options_.stage < 2) {
     for (const Slice& s : bucket.slices) share.push_back(Gradient(bucket, s));
   }
-  bucket.ticket = queue_.Post([this, pieces = std::move(pieces), share = std::move(share)] {
-    shard_->ReduceScatter(pieces);
+  // The first share of a step's gradient goes where it is kept.
+  View into;
+  if (options_.stage >= 2 && !bucket.gradient.defined() && pieces[0].dtype == options_.gradients) {
+    bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+    bucket.kept = true;
+    into = bucket.gradient.view();
+  }
+  bucket.ticket = queue_.Post([this, into, pieces = std::move(pieces), share = std::move(share)] {
+    shard_->ReduceScatter(pieces, {}, Traffic::kData, into);
     replicas_->AllReduce(share);
   });
   in_flight_.push_back(&bucket);
-  // Stages 2 and 3 free gradients as they go: a constant number of buckets is on its way.
+  // Where gradients are freed as they go, a constant number of buckets is on its way.
   constexpr size_t kInFlight = 2;
-  while (options_.stage >= 2 && in_flight_.size() > kInFlight) {
+  while ((options_.stage >= 2 || options_.in_backward) && in_flight_.size() > kInFlight) {
     Retire(*in_flight_.front());
     in_flight_.pop_front();
   }
@@ -276,11 +287,20 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
 
 void ZeroOptimizer::Retire(Bucket& bucket) {
   queue_.Wait(bucket.ticket);
-  if (options_.stage < 2) return;
+  if (options_.stage >= 2) TakeShare(bucket);
+  if (!options_.in_backward || !std::exchange(bucket.final, false)) return;
+  if (options_.stage >= 2 && replicas_->size() > 1) queue_.Wait(SumOverReplicas(bucket));
+  AddSquares(bucket);
+  Update(bucket, lr_, 1);
+}
+
+// From the parameters' gradients, which are freed, to where the share is kept.
+void ZeroOptimizer::TakeShare(Bucket& bucket) {
   const bool first = !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
   if (!bucket.gradient.defined())
     bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
-  for (const Slice& s : bucket.slices) {
+  const bool there = std::exchange(bucket.kept, false);
+  for (const Slice& s : there ? std::span<const Slice>() : std::span(bucket.slices)) {
     const View sum = Flat(bucket.gradient, s.at, s.count);
     const View share = Flat(bucket.parameters[s.parameter]->leaf().grad, s.begin, s.count);
     if (first) {
@@ -292,11 +312,18 @@ void ZeroOptimizer::Retire(Bucket& bucket) {
   for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
 }
 
+CommQueue::Ticket ZeroOptimizer::SumOverReplicas(const Bucket& bucket) {
+  return queue_.Post(
+      [this, share = bucket.gradient.view()] { replicas_->AllReduce(std::span(&share, 1)); });
+}
+
 void ZeroOptimizer::FinishPass(int pass, bool last) {
   if (last || options_.stage >= 2) {
     Order& order = passes_[pass];
+    for (Bucket* bucket : order.buckets) bucket->final = bucket->final || last;
     for (; order.next < order.buckets.size(); ++order.next) Reduce(*order.buckets[order.next]);
     for (; !in_flight_.empty(); in_flight_.pop_front()) Retire(*in_flight_.front());
+    for (Bucket* bucket : order.buckets) bucket->final = false;
     order.next = 0;
     for (Bucket* bucket : order.buckets) bucket->waiting = Awaited(*bucket);
   }
@@ -306,12 +333,9 @@ void ZeroOptimizer::FinishPass(int pass, bool last) {
 
 void ZeroOptimizer::FinishStep() {
   if (passes_.count(kLate) > 0) FinishPass(kLate, true);
-  if (options_.stage < 2) return;
-  for (const Bucket& bucket : buckets_) {
-    if (!bucket.trainable) continue;
-    queue_.Post(
-        [this, share = bucket.gradient.view()] { replicas_->AllReduce(std::span(&share, 1)); });
-  }
+  if (options_.stage < 2 || options_.in_backward) return;
+  for (const Bucket& bucket : buckets_)
+    if (bucket.trainable) SumOverReplicas(bucket);
   queue_.WaitAll();
 }
 
@@ -328,46 +352,65 @@ std::vector<ZeroOptimizer::Slice> ZeroOptimizer::Owned(const Bucket& bucket) {
   return owned;
 }
 
-double ZeroOptimizer::GradNorm() {
-  const auto n = static_cast<int64_t>(parameters_.size());
-  const Tensor squares = Tensor::Full({n}, DType::kF64, 0, MemoryClass::kWorkspace);
-  for (const Bucket& bucket : buckets_) {
-    if (!bucket.trainable) continue;
-    for (const Slice& s : Owned(bucket)) {
-      kernels::SumSquares(CurrentStream(),
-                          squares.Narrowed(0, number_.at(bucket.parameters[s.parameter]), 1).view(),
-                          Gradient(bucket, s));
-    }
+void ZeroOptimizer::AddSquares(const Bucket& bucket) {
+  for (const Slice& s : Owned(bucket)) {
+    const int64_t number = number_.at(bucket.parameters[s.parameter]);
+    kernels::SumSquares(CurrentStream(), squares_.Narrowed(0, number, 1).view(),
+                        Gradient(bucket, s));
   }
-  const View view = squares.view();
+}
+
+double ZeroOptimizer::GradNorm() {
+  if (!options_.in_backward) ClearSquares();
+  for (const Bucket& bucket : buckets_)
+    if (bucket.trainable && !options_.in_backward) AddSquares(bucket);
+  const Tensor squares = std::exchange(squares_, {});
   if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
-  shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  const View view = squares.view();
+  // Values may be on their way already.
+  queue_.Wait(queue_.Post([this, view] {
+    shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
+  }));
   mesh_.axis(MeshAxis::kTp).AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   // Stages have parameters of their own.
   return std::sqrt(mesh_.axis(MeshAxis::kPp).Sum(Total(squares)));
 }
 
-void ZeroOptimizer::Step(double lr, double gradient_scale) {
+void ZeroOptimizer::ClearSquares() {
+  squares_ = Tensor::Full({std::ssize(parameters_)}, DType::kF64, 0, MemoryClass::kWorkspace);
+}
+
+void ZeroOptimizer::BeginStep(double lr) {
+  if (!options_.in_backward) return;
+  lr_ = lr;
   ++step_;
-  std::vector<View> states;
+  ClearSquares();
+}
+
+void ZeroOptimizer::Step(double lr, double gradient_scale) {
+  if (!options_.in_backward) ++step_;
   // What the next forward uses first comes first.
-  for (size_t b = buckets_.size(); b-- > 0;) {
-    Bucket& bucket = buckets_[b];
-    if (!bucket.trainable) continue;
+  for (size_t b = buckets_.size(); b-- > 0 && !options_.in_backward;) {
+    if (!buckets_[b].trainable) continue;
     if (file_ != nullptr && b > 0) file_->Prefetch(States(buckets_[b - 1]));
-    for (const Slice& s : bucket.slices) {
-      states.clear();
-      for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
-      const View master = bucket.master.defined() ? Flat(bucket.master, s.at, s.count) : View();
-      const UpdateRule::Shard shard = {Value(bucket, s), master, states, Gradient(bucket, s),
-                                       bucket.parameters[s.parameter]->decays()};
-      rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
-    }
-    if (file_ != nullptr) file_->Retire(States(bucket));
-    DropGradients(bucket);
-    SendForValues(bucket);
+    Update(buckets_[b], lr, gradient_scale);
   }
   if (file_ != nullptr) file_->Settle();
+}
+
+void ZeroOptimizer::Update(Bucket& bucket, double lr, double gradient_scale) {
+  std::vector<View> states;
+  for (const Slice& s : bucket.slices) {
+    states.clear();
+    for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
+    const View master = bucket.master.defined() ? Flat(bucket.master, s.at, s.count) : View();
+    const UpdateRule::Shard shard = {Value(bucket, s), master, states, Gradient(bucket, s),
+                                     bucket.parameters[s.parameter]->decays()};
+    rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
+  }
+  if (file_ != nullptr) file_->Retire(States(bucket));
+  DropGradients(bucket);
+  SendForValues(bucket);
 }
 
 void ZeroOptimizer::DropGradients(Bucket& bucket) {

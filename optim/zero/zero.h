@@ -15,6 +15,11 @@
 //
 // Optimizer states may lie in a file (ZeRO-Infinity, Rajbhandari et al., arXiv 2104.07857): see
 // core/mapped_file.h.
+//
+// The update may happen inside backward (after LOMO, Lv et al., arXiv 2306.09782, with any rule):
+// as soon as a bucket's gradient is final it is used and freed, so that no more than a few buckets
+// of gradients live at once. The numbers are the same to the bit; what needs the whole gradient
+// before the first update, clipping by its norm or leaving a step out, there cannot be.
 #pragma once
 
 #include <deque>
@@ -39,8 +44,9 @@ struct ZeroOptions {
   DType gradients = DType::kF32;  // held and exchanged
   UpdateRuleOptions rule;
   int64_t bucket_bytes = int64_t{8} << 20;  // of gradients, below stage 3
-  int shard_ranks = 0;      // that share one copy of the states; 0: all that share parameters
-  std::string offload_dir;  // of the file for the optimizer's states; empty: they are in memory
+  int shard_ranks = 0;       // that share one copy of the states; 0: all that share parameters
+  std::string offload_dir;   // of the file for the optimizer's states; empty: they are in memory
+  bool in_backward = false;  // updates
 };
 
 class ZeroOptimizer {
@@ -59,6 +65,8 @@ class ZeroOptimizer {
   ZeroOptimizer(const ZeroOptimizer&) = delete;
   ZeroOptimizer& operator=(const ZeroOptimizer&) = delete;
 
+  // Before a step's passes: the rate of its updates, if they happen in backward.
+  void BeginStep(double lr);
   // After each backward pass over a micro-batch, `last`: of this step. Exchanges what no hook has:
   // a parameter that was not used has a gradient of zero, and every rank takes part in every
   // collective.
@@ -67,7 +75,8 @@ class ZeroOptimizer {
   void FinishStep();
   // Of the gradient over all ranks, in f64, summed in a fixed order. After the last micro-batch.
   double GradNorm();
-  // Consumes the gradients.
+  // Consumes the gradients; to be called in any case. What was updated in backward stays so:
+  // `gradient_scale` must be 1 there.
   void Step(double lr, double gradient_scale);
   // The same without an update: nothing changes but that they are gone.
   void DropGradients();
@@ -116,9 +125,11 @@ class ZeroOptimizer {
     std::vector<Slice> slices;   // this rank's
     Tensor values;               // [share], stage 3
     Tensor gradient;             // [share], stages 2 and 3, while there is one
+    bool kept = false;           // the exchange under way writes to it
     Tensor master;               // [share], where parameters are narrower
     std::vector<Tensor> states;  // [share] each
     int waiting = 0;             // parameters whose gradient is not there yet
+    bool final = false;          // the gradient is that of all micro-batches
     CommQueue::Ticket ticket = 0;
   };
   // What stage 3 gathers together.
@@ -148,6 +159,11 @@ class ZeroOptimizer {
   void ReduceReady(int pass);
   void Reduce(Bucket& bucket);
   void Retire(Bucket& bucket);
+  void TakeShare(Bucket& bucket);
+  CommQueue::Ticket SumOverReplicas(const Bucket& bucket);
+  void ClearSquares();
+  void AddSquares(const Bucket& bucket);
+  void Update(Bucket& bucket, double lr, double gradient_scale);
   CommQueue::Ticket Gather(const Bucket& bucket);
   void SendForValues(Bucket& bucket);
 
@@ -177,6 +193,8 @@ class ZeroOptimizer {
   size_t modules_ = 0;
   int64_t step_ = 0;
   int64_t ahead_ = 0;  // bytes of the gathers that were posted
+  double lr_ = 0;      // of updates in backward
+  Tensor squares_;     // f64 [parameters], of this rank's gradients, where it is to be known
 };
 
 }  // namespace shoal

@@ -145,6 +145,19 @@ TEST(ConfigSupported, NamesTheKey) {
   }
 }
 
+TEST(ConfigSupported, WhatCannotBeTogether) {
+  const auto said = [](const std::vector<std::string>& more) {
+    return Mistake([&] { CheckSupported(Minimal(more)); });
+  };
+  EXPECT_THAT(said({"optim.in_backward=true"}), HasSubstr("set optim.clip = 0"));
+  EXPECT_THAT(said({"optim.in_backward=true", "optim.clip=0", "optim.non_finite=skip"}),
+              HasSubstr("optim.non_finite = \"halt\""));
+  EXPECT_EQ(said({"optim.in_backward=true", "optim.clip=0"}), "");
+  EXPECT_EQ(said({"memory.compress_activations=bf16"}), "");
+  EXPECT_THAT(said({"memory.compress_activations=bf16", "precision.compute=bf16"}),
+              HasSubstr("set it to \"int8\""));
+}
+
 TEST(ConfigSupported, TheBestSaveNeedsValidations) {
   const auto said = [](std::vector<std::string> more) {
     more.emplace_back("checkpoint.keep_best=true");

@@ -33,6 +33,8 @@ struct Recipe {
   bool sequence_parallel = false;
   int shard_ranks = 0;
   std::string offload_dir = {}, activations_dir = {};
+  bool in_backward = false, unclipped = false;
+  ActivationFormat compress = ActivationFormat::kOwn;
   bool recompute = false, selective = false, partition_activations = false;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
@@ -105,7 +107,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.rule.name = recipe.optimizer;
   options.rule.weight_decay = 0.1;
   options.rule.momentum = 0.9;
-  options.clip = 1;
+  options.clip = recipe.in_backward || recipe.unclipped ? 0 : 1;
   options.seed = 5;
   options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp, .cp = recipe.cp};
   options.sequence.schedule = recipe.attention;
@@ -121,7 +123,9 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.sequence_parallel = recipe.sequence_parallel;
   options.shard_ranks = recipe.shard_ranks;
   options.offload_dir = recipe.offload_dir;
+  options.update_in_backward = recipe.in_backward;
   options.activations_dir = recipe.activations_dir;
+  options.compress_activations = recipe.compress;
   return options;
 }
 
@@ -170,10 +174,13 @@ inline std::vector<int64_t> InOrder() {
 inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {
   recipe.tp = 1;
   recipe.zero_stage = recipe.shard_ranks = 0;
-  recipe.sequence_parallel = recipe.recompute = recipe.partition_activations = false;
+  recipe.sequence_parallel = recipe.partition_activations = false;
+  // What is kept is what is rounded.
+  if (recipe.compress == ActivationFormat::kOwn) recipe.recompute = false;
   recipe.pp = recipe.virtual_stages = recipe.cp = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
+  recipe.in_backward = false;
   return Train(recipe, *MakeSelfCommunicator(), 1, order);
 }
 

@@ -1,4 +1,8 @@
 // The contract of the program (docs/design.md, section 5), held against the program itself.
+#include <fmt/core.h>
+
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -101,15 +105,25 @@ TEST_P(ProgramStarts, PlannedBytesAreMeasured) {
 
 class ProgramContract : public ProgramTest {};
 
-// Narrow parameters with wide masters, and gradients that are added up in f32.
+// Narrow parameters with wide masters, and gradients that are added up in f32; and what is kept in
+// 8 bits, and updated before backward is over.
 TEST_F(ProgramContract, PlannedBytesOfBf16) {
-  ASSERT_EQ(Train(Recipe().Set("precision.compute", "\"bf16\""), {"--local-ranks", "3"}).exit_code,
-            0);
-  const ordered_json plan = ordered_json::parse(ReadText(Path("run/plan.json")));
-  const StepMetrics last = Metrics("run").back();
-  EXPECT_EQ(plan["ranks"][0]["wire_bytes"]["dp"], last.wire_bytes[0].second);
-  for (const auto& [name, bytes] : last.peak_bytes)
-    EXPECT_EQ(plan["ranks"][0]["bytes"][name].get<int64_t>(), bytes) << name;
+  Settings all = Recipe();
+  all.Set("precision.compute", "\"bf16\"");
+  for (const char* stage : {"", "0", "2", "3"}) {
+    if (*stage != '\0') {
+      all.Set("memory.compress_activations", "\"int8\"").Set("optim.clip", "0");
+      all.Set("optim.in_backward", "true").Set("zero.stage", stage);
+    }
+    all.Set("run.dir", fmt::format("\"run{}\"", stage));
+    ASSERT_EQ(Train(all, {"--local-ranks", "3"}).exit_code, 0);
+    const std::string run = fmt::format("run{}", stage);
+    const ordered_json plan = ordered_json::parse(ReadText(Path(run + "/plan.json")));
+    const StepMetrics last = Metrics(run).back();
+    EXPECT_EQ(plan["ranks"][0]["wire_bytes"]["dp"], last.wire_bytes[0].second);
+    for (const auto& [name, bytes] : last.peak_bytes)
+      EXPECT_EQ(plan["ranks"][0]["bytes"][name].get<int64_t>(), bytes) << run << ' ' << name;
+  }
 }
 
 TEST_F(ProgramContract, RunDirectoryIsSelfContained) {

@@ -84,26 +84,33 @@ std::vector<int64_t> BoundsOf(int64_t n, int size, bool uneven) {
 
 // Guards around each array, and what is not this rank's stays as it was.
 template <class T>
-void CheckReduceScatter(Communicator& c, const std::vector<int64_t>& sizes, bool uneven) {
+void CheckReduceScatter(Communicator& c, const std::vector<int64_t>& sizes, bool uneven,
+                        bool in_place) {
   const int64_t n = Total(sizes);
   std::vector<T> data = Values<T>(c.rank(), n, 0);
   const std::vector<int64_t> bounds = BoundsOf(n, c.size(), uneven);
   const int64_t begin = bounds[static_cast<size_t>(c.rank())];
   const int64_t end = bounds[static_cast<size_t>(c.rank()) + 1];
   const int64_t before = c.wire_bytes(Traffic::kData);
-  if (uneven) {
-    c.ReduceScatter(Pieces(data, sizes), bounds);
-  } else {
-    c.ReduceScatter(Pieces(data, sizes));
-  }
+  std::vector<T> sums(static_cast<size_t>(end - begin + 1), T(-7.0F));  // and a guard
+  const View into = in_place ? View() : View(sums.data(), DTypeOf<T>::value, {end - begin});
+  c.ReduceScatter(Pieces(data, sizes), uneven ? std::span(bounds) : std::span<const int64_t>(),
+                  Traffic::kData, into);
   EXPECT_EQ(c.wire_bytes(Traffic::kData) - before,
             c.size() == 1 ? 0 : (n - (end - begin)) * static_cast<int64_t>(sizeof(T)));
   std::vector<T> expected = Values<T>(c.rank(), n, 0);
   for (int64_t i = begin; i < end; ++i) {
     Accumulator<T> sum = 0;
     for (int r = 0; r < c.size(); ++r) sum += static_cast<Accumulator<T>>(ValueAt<T>(r, i, 0));
-    expected[static_cast<size_t>(i)] = T(sum);
+    if (in_place) {
+      expected[static_cast<size_t>(i)] = T(sum);
+    } else {
+      ASSERT_EQ(static_cast<double>(sums[static_cast<size_t>(i - begin)]),
+                static_cast<double>(T(sum)))
+          << i;
+    }
   }
+  EXPECT_EQ(static_cast<double>(sums.back()), -7);
   for (int64_t i = 0; i < n; ++i) {
     ASSERT_EQ(static_cast<double>(data[static_cast<size_t>(i)]),
               static_cast<double>(expected[static_cast<size_t>(i)]))
@@ -209,9 +216,11 @@ void CheckCommunicator(Communicator& c) {
   for (const bool uneven : {false, true}) {
     for (const std::vector<int64_t>& sizes :
          {std::vector<int64_t>{1}, {2, 0, 3}, {0}, {64, 1, 999, 5}, {700001, 13, 400000}}) {
-      CheckReduceScatter<float>(c, sizes, uneven);
-      CheckReduceScatter<BF16>(c, sizes, uneven);
-      CheckReduceScatter<double>(c, sizes, uneven);
+      for (const bool in_place : {true, false}) {
+        CheckReduceScatter<float>(c, sizes, uneven, in_place);
+        CheckReduceScatter<BF16>(c, sizes, uneven, in_place);
+        CheckReduceScatter<double>(c, sizes, uneven, in_place);
+      }
       CheckAllGather<float>(c, sizes, uneven);
       CheckAllGather<BF16>(c, sizes, uneven);
       CheckAllGather<int32_t>(c, sizes, uneven);

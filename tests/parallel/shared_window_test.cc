@@ -10,6 +10,7 @@
 #include "core/context.h"
 #include "core/tensor.h"
 #include "parallel/comm_queue.h"
+#include "parallel/pieces.h"
 
 namespace shoal {
 namespace {
@@ -123,6 +124,15 @@ TEST_P(ThreadWindows, PoolsPrivateAndMixed) {
         c.rank(), ranks, [&](auto pieces) { window.AllReduce(pieces, ReduceOp::kSum); },
         [&](auto pieces, auto bounds) { window.ReduceScatter(pieces, bounds); },
         [&](auto pieces, auto bounds) { window.AllGather(pieces, bounds); }};
+    // The same by way of an array of its own.
+    Ranks elsewhere = window_ranks;
+    elsewhere.reduce_scatter = [&](auto pieces, auto bounds) {
+      const auto me = static_cast<size_t>(c.rank());
+      const int64_t share = bounds[me + 1] - bounds[me];
+      std::vector<char> sum(static_cast<size_t>(share) * SizeOf(pieces[0].dtype));
+      window.ReduceScatter(pieces, bounds, sum.data());
+      Cursor(pieces, bounds[me]).CopyOut(share, sum.data());
+    };
     std::vector<char> own(16 * kMegabyte);
     const auto here = [&](size_t) { return own.data(); };
     CheckSizes(window_ranks, here);
@@ -131,6 +141,8 @@ TEST_P(ThreadWindows, PoolsPrivateAndMixed) {
     const auto pool = [&](size_t) { return pools[static_cast<size_t>(c.rank())]->begin() + 192; };
     CheckSizes(window_ranks, pool);
     CheckSizes(window_ranks, here);
+    CheckSizes(elsewhere, pool);
+    CheckSizes(elsewhere, here);
     if (c.rank() == ranks - 1) {
       CheckSizes(window_ranks, here);
     } else {

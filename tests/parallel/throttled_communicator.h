@@ -79,8 +79,11 @@ class ThrottledCommunicator : public Communicator {
   void DoAllReduce(std::span<const View> pieces, ReduceOp op) override {
     Together(pieces, [&] { inner_.AllReduce(pieces, op); });
   }
-  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds) override {
-    Together(pieces, [&] { inner_.ReduceScatter(pieces, bounds); });
+  void DoReduceScatter(std::span<const View> pieces, std::span<const int64_t> bounds,
+                       char* into) override {
+    const auto me = static_cast<size_t>(rank());
+    const View share(into, pieces[0].dtype, {bounds[me + 1] - bounds[me]});
+    Together(pieces, [&] { inner_.ReduceScatter(pieces, bounds, Traffic::kData, share); });
   }
   void DoAllGather(std::span<const View> pieces, std::span<const int64_t> bounds) override {
     Together(pieces, [&] { inner_.AllGather(pieces, bounds); });
