@@ -1,8 +1,6 @@
 // The contract of the program (docs/design.md, section 5), held against the program itself.
 #include <fmt/core.h>
 
-#include <fmt/core.h>
-
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
