@@ -38,6 +38,8 @@ class Checker {
       const auto r = static_cast<size_t>(rank);
       if (done[r] < s_.actions[r].size()) Fail(rank, done[r], "waits for ever");
     }
+    for (const auto& [ranks, waiting] : sent_)
+      if (!waiting.empty()) Fail(ranks.first, waiting.front(), "is not received");
     if (s_.per_group() > 1) CheckHeads();
     CheckCover();
     CheckShares();
@@ -48,6 +50,8 @@ class Checker {
 
   void Visit(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+    CheckRows(rank, i, a.ExchangesHeads() ? s_.layout : s_.groups, a.owner, a.rows);
+    if (a.op == SequenceOp::kTile) CheckRows(rank, i, s_.groups, a.key_owner, {a.keys});
     a.ExchangesHeads() ? CheckExchange(rank, i) : CheckHeadsOf(rank, i);
     switch (a.op) {
       case SequenceOp::kSend:
@@ -63,7 +67,7 @@ class Checker {
         if (Carries(a)) {
           if (inbox_.contains(rank)) Fail(rank, i, "what was received before is not merged");
           auto& moving = moving_[{a.peer, rank}];
-          inbox_[rank] = moving.front();
+          inbox_[rank] = {i, moving.front()};
           moving.pop_front();
         } else {
           auto& held = held_[{rank, a.payload == SequencePayload::kKeyValue, a.owner}];
@@ -73,8 +77,11 @@ class Checker {
       }
       case SequenceOp::kMerge: {
         if (!inbox_.contains(rank)) Fail(rank, i, "nothing was received, or it is merged already");
+        const auto& [received, more] = inbox_[rank];
+        if (!s_.actions[static_cast<size_t>(rank)][received].SameMessage(a))
+          Fail(rank, i, "what was received last is something else");
         auto& shares = shares_[{rank, OfKeys(a), a.owner}];
-        shares.insert(shares.end(), inbox_[rank].begin(), inbox_[rank].end());
+        shares.insert(shares.end(), more.begin(), more.end());
         inbox_.erase(rank);
         break;
       }
@@ -199,6 +206,16 @@ class Checker {
     }
   }
 
+  void CheckRows(int rank, size_t i, const SequenceLayout& layout, int owner,
+                 const std::vector<SequenceRows>& rows) const {
+    const auto is = [&](const SequenceRows& r) {
+      return r.range >= 0 && r.range < std::ssize(layout.ranges(owner)) && r.count > 0 &&
+             Inside(r, {r.range, 0, layout.ranges(owner)[static_cast<size_t>(r.range)].count});
+    };
+    if (owner < 0 || owner >= layout.ranks() || rows.empty() || !std::ranges::all_of(rows, is))
+      Fail(rank, i, "{} has no such rows", owner);
+  }
+
   // Tiles and rows between groups are of this rank's heads.
   void CheckHeadsOf(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
@@ -273,7 +290,8 @@ class Checker {
   const SequenceSchedule& s_;
   std::map<std::pair<int, int>, std::deque<size_t>> sent_;  // from, to: indices of sends
   std::map<std::pair<int, int>, std::deque<std::vector<Share>>> moving_;
-  std::map<int, std::vector<Share>> inbox_;  // by rank: received and not merged
+  // By rank: the message that was received and is not merged, and what is in it.
+  std::map<int, std::pair<size_t, std::vector<Share>>> inbox_;
   std::map<Key, std::vector<Share>> shares_;
   std::map<Key, std::vector<SequenceRows>> held_;
   std::vector<std::pair<int, size_t>> tiles_;       // rank, action
