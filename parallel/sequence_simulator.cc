@@ -231,18 +231,23 @@ SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& 
   };
   using Passes = std::array<Best, 2>;
   std::array<std::string, 2> all;
+  // Of hybrids of one size the reason names the best.
   const auto best = [&](SequencePass pass, std::span<const SequenceMethod> methods) {
+    std::string& text = all[static_cast<size_t>(pass)];
+    const auto tell = [&](const Best& tried) {
+      text += fmt::format("{}{} {:.3g}", text.empty() ? "" : ", ",
+                          Describe(tried.method, layout.ranks()), tried.seconds * 1e3);
+    };
     Best least{methods[0]};
     for (const SequenceMethod& method : methods) {
       const double seconds =
           SimulateSequence(MakeSequenceSchedule(method, pass, layout, mask, heads, kv_heads),
                            widths, machine)
               .seconds;
-      std::string& text = all[static_cast<size_t>(pass)];
-      text += fmt::format("{}{} {:.3g}", text.empty() ? "" : ", ", Describe(method, layout.ranks()),
-                          seconds * 1e3);
       if (seconds < least.seconds) least = {method, seconds};
+      if (method.kind != SequenceKind::kHybrid) tell({method, seconds});
     }
+    if (least.method.kind == SequenceKind::kHybrid) tell(least);
     return least;
   };
   const auto sum = [](const Passes& passes) { return passes[0].seconds + passes[1].seconds; };
