@@ -27,16 +27,6 @@ ModelConfig FamilyDefaults(const std::string& family, const ModelSection& given)
   return base;
 }
 
-bool AllHaveTokens(const Config& config, int64_t cp) {
-  const int64_t tokens = config.data.sequence_length;
-  if (tokens < cp) return false;
-  const SequenceLayout layout(ParseSequenceLayout(config.sequence.layout), tokens,
-                              static_cast<int>(cp));
-  for (int r = 0; r < layout.ranks(); ++r)
-    if (layout.Rows(r) == 0) return false;
-  return true;
-}
-
 // The divisors of n around d, for the advice in an error.
 std::string DivisorsNear(int64_t n, int64_t d) {
   int64_t below = std::min(d, n), above = d;
@@ -201,14 +191,11 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
                  "zero.shard_ranks {} shares nothing at zero.stage 0: set zero.stage to 1, 2 or 3",
                  shard);
   }
-  if (!AllHaveTokens(config, mesh.cp)) {
-    int64_t fewer = std::min(mesh.cp - 1, config.data.sequence_length);
-    while (!AllHaveTokens(config, fewer)) --fewer;
+  if (config.data.sequence_length < mesh.cp)
     SHOAL_FAIL(ErrorKind::kConfig, "mesh",
-               "mesh.cp {} gives some ranks none of the {} tokens of a sequence by the {} layout: "
-               "set it to {}",
-               mesh.cp, config.data.sequence_length, config.sequence.layout, fewer);
-  }
+               "mesh.cp {} gives some ranks none of the {} tokens of a sequence: set it to {} at "
+               "most",
+               mesh.cp, config.data.sequence_length, config.data.sequence_length);
   if (config.sequence.schedule == "hybrid")
     HybridGroups(static_cast<int>(mesh.cp), config.sequence.ulysses);
   else if (config.sequence.ulysses != 0)

@@ -170,7 +170,7 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
   x.k = k.Detached();
   x.v = v.Detached();
   // A replay takes what is kept: it communicates nothing.
-  const bool heads = ExchangesHeads(plan->forward.kind());
+  const bool heads = plan->forward.per_group() > 1;
   const bool again =
       heads ? TakeKept({&x.head_q, &x.head_k, &x.head_v, &x.head_out, &x.head_lse, &x.out})
             : TakeKept({&x.out, &x.lse});

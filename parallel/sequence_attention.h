@@ -56,7 +56,8 @@ class SequenceGroup {
     std::string reason;  // why these
   };
   // For q [B, T, N, H] and k [B, T, K, H] of this rank. The ranks exchange the sequence's length
-  // and its documents when info's tensors are others than at the last call. What auto chose stays
+  // and its documents when info's tensors are others than at the last call; all have documents or
+  // none, those without tokens too. What auto chose stays
   // for batches of the same shape.
   std::shared_ptr<const Plan> PlanFor(const Tensor& q, const Tensor& k, const SequenceInfo& info);
 

@@ -63,7 +63,6 @@ const std::vector<Feature>& Features() {
       {"hybrid attention",
        [](Cell& c) {
          c.recipe.cp = 4;
-         c.recipe.length = 9;
          c.recipe.attention = SequenceKind::kHybrid;
        }},
       {"pipeline",

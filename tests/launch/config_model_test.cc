@@ -40,21 +40,6 @@ TEST(ConfigBatch, SaysWhatWouldDo) {
   EXPECT_THAT(batch(1, {"mesh.tp=2"}), HasSubstr("start 2 ranks"));
 }
 
-// By a zigzag the third of four ranks has parts 2 and 5 of eight, which are empty.
-TEST(ConfigBatch, EveryRankHasTokens) {
-  const auto said = [](int64_t cp, const std::string& layout) {
-    return Mistake([&] {
-      CheckBatch(Minimal({"mesh.cp=" + std::to_string(cp), "data.sequence_length=5",
-                          "sequence.layout=" + layout}),
-                 cp);
-    });
-  };
-  EXPECT_THAT(said(4, "zigzag"), HasSubstr("by the zigzag layout: set it to 3"));
-  EXPECT_EQ(said(3, "zigzag"), "");
-  EXPECT_EQ(said(5, "contiguous"), "");
-  EXPECT_THAT(said(8, "striped"), HasSubstr("set it to 5"));
-}
-
 TEST(ConfigBatch, HybridAttentionNeedsGroups) {
   const auto said = [](int64_t cp, std::vector<std::string> more) {
     more.push_back("mesh.cp=" + std::to_string(cp));

@@ -79,6 +79,19 @@ TEST(ParityAttentionBeside, EverythingElse) {
   }
 }
 
+// By a zigzag the third of four ranks has none of five tokens, and yet works on its heads.
+TEST(ParityAttentionBeside, ARankWithoutTokens) {
+  ASSERT_EQ(SequenceLayout(SequenceLayoutKind::kZigzag, 5, 4).Rows(2), 0);
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 5, .steps = 3, .documents = true};
+  const Outcome one = OneRank(recipe);
+  recipe.cp = 4;
+  for (const SequenceKind kind :
+       {SequenceKind::kTokenRing, SequenceKind::kUlysses, SequenceKind::kHybrid}) {
+    recipe.attention = kind;
+    Check(recipe, one, 4, 3);
+  }
+}
+
 // Heads exchanged in pairs of ranks, which have 3 heads and one kv head under tp 2.
 TEST(ParityAttentionBeside, HybridWithZeroTensorAndPipelineRanks) {
   Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
