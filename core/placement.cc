@@ -146,9 +146,11 @@ Placement ReshapedPlacement(const char* op, const Tensor& x, const Dims& shape) 
       if (d >= shape.rank()) return false;
       for (int i = 0; i < d; ++i)
         if (shape[i] != x.dim(i)) return false;
-      return shape[d] != 1 || x.dim(d) == 1;
+      return (shape[d] == 1) == (x.dim(d) == 1);
     };
     if (same_before(p.dim)) return p;
+    // One row of a split dimension here: it may have gone into the one before or behind it.
+    if (x.dim(p.dim) == 1) return {Kind::kVarying};
     // The dimension that begins where this one did: as many elements in front of it.
     int64_t before = 1, at = 1;
     for (int i = 0; i < p.dim; ++i) before *= x.dim(i);

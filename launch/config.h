@@ -93,6 +93,7 @@ struct PipelineConfig {
 struct SequenceConfig {
   std::string schedule = "auto";
   std::string layout = "zigzag";
+  int64_t ulysses = 0;  // of hybrid: ranks that exchange heads; 0: chosen
   bool operator==(const SequenceConfig&) const = default;
 };
 

@@ -6,6 +6,7 @@
 #include "core/base/error.h"
 #include "launch/config.h"
 #include "models/presets.h"
+#include "parallel/sequence_attention.h"
 
 namespace shoal {
 namespace {
@@ -195,6 +196,13 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
                "mesh.cp {} gives some ranks none of the {} tokens of a sequence: set it to {} at "
                "most",
                mesh.cp, config.data.sequence_length, config.data.sequence_length);
+  if (config.sequence.schedule == "hybrid")
+    HybridGroups(static_cast<int>(mesh.cp), config.sequence.ulysses);
+  else if (config.sequence.ulysses != 0)
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+               "sequence.ulysses {} is of sequence.schedule \"hybrid\", not of \"{}\": leave it "
+               "out, or set the schedule to \"hybrid\"",
+               config.sequence.ulysses, config.sequence.schedule);
   const int64_t sequences = config.batch.sequences;
   if (sequences < plan.dp)
     SHOAL_FAIL(ErrorKind::kConfig, "batch",
@@ -242,7 +250,6 @@ void CheckSupported(const Config& config) {
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",
                  what);
   };
-  later(config.sequence.schedule == "hybrid", "sequence.schedule = \"hybrid\"");
   later(config.mesh.ep > 1, fmt::format("mesh.ep = {}", config.mesh.ep));
   later(config.method.name != "full", fmt::format("method.name = \"{}\"", config.method.name));
   const CheckpointConfig& c = config.checkpoint;

@@ -168,6 +168,9 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"auto", "token_ring", "token_ring_relay", "token_ring_lagged", "kv_ring",
                   "kv_ring_one_way", "kv_direct", "ulysses", "hybrid", "all_gather"}),
       KEY(sequence, layout, "which tokens a rank holds").OneOf({"contiguous", "zigzag", "striped"}),
+      KEY(sequence, ulysses,
+          "of hybrid: ranks that exchange heads; 0: the fastest divisor of mesh.cp")
+          .In(0, kDegree),
 
       KEY(precision, compute, "of the passes; bf16 keeps weights and sums in fp32 as well")
           .OneOf({"fp32", "bf16", "fp64"}),

@@ -99,6 +99,7 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.partition_activations = config.memory.partition_activations;
   if (config.sequence.schedule != "auto")
     options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
+  options.sequence.ulysses = static_cast<int>(config.sequence.ulysses);
   options.sequence.layout = ParseSequenceLayout(config.sequence.layout);
   options.sequence.tokens = config.data.sequence_length;
   options.schedule = config.pipeline.schedule;

@@ -237,7 +237,7 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   };
   SequenceInfo info;
   info.positions = of_replica(Tensor::From(batch.positions, shape));
-  if (!batch.documents.empty()) info.documents = of_replica(Tensor::From(batch.documents, shape));
+  if (documents_) info.documents = of_replica(Tensor::From(batch.documents, shape));
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
   info.seed = options_.seed;
   info.training = training;
@@ -282,6 +282,7 @@ Tensor TrainingStep::Boundary(const Batch& batch) const {
 
 TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, double lr) {
   std::vector<Batch> cut;
+  documents_ = !micro_batches.empty() && !micro_batches[0].documents.empty();
   if (sequence_ != nullptr) {
     for (const Batch& batch : micro_batches) cut.push_back(Mine(batch));
     micro_batches = cut;
@@ -327,6 +328,7 @@ TrainingStep::Result TrainingStep::Run(std::span<const Batch> micro_batches, dou
 
 double TrainingStep::SumLoss(const Batch& batch) {
   const Batch mine = Mine(batch);
+  documents_ = !batch.documents.empty();
   PipelineWork work;
   work.forward = [&](int chunk, int, const Tensor& in) {
     return Forward(mine, chunk, in, 1, false);

@@ -128,6 +128,7 @@ class TrainingStep {
   std::function<void(int64_t)> begin_;       // a forward over so many tokens
   std::shared_ptr<SequenceGroup> sequence_;  // null if cp is 1
   int64_t tokens_ = 0;                       // of the forward that began last
+  bool documents_ = false;                   // whether batches have them: also where no rows are
   std::unique_ptr<Communicator> tied_;       // the stages that hold a tied head's weight
   KernelProfile* profile_ = nullptr;
   SavedTensorHooks keep_;  // of activations; none: they stay as they are

@@ -40,10 +40,13 @@ Attention::Attention(const ModelConfig& config, int layer, Options options)
 Tensor Attention::Forward(const Tensor& x, const SequenceInfo& info) {
   // Not those of x: the rows of some of the tokens may be elsewhere.
   const int64_t b = info.positions.dim(0), t = info.positions.dim(1);
-  const Dims heads = {b, t, -1, head_dim_};
-  Tensor q = ops::Reshape((*q_)(x), heads);  // [B, T, N, H]
-  Tensor k = ops::Reshape((*k_)(x), heads);  // [B, T, K, H]
-  Tensor v = ops::Reshape((*v_)(x), heads);
+  // Sizes in full: a rank may have no tokens.
+  const auto by_heads = [&](const Tensor& y) {
+    return ops::Reshape(y, {b, t, y.dim(-1) / head_dim_, head_dim_});
+  };
+  Tensor q = by_heads((*q_)(x));  // [B, T, N, H]
+  Tensor k = by_heads((*k_)(x));  // [B, T, K, H]
+  Tensor v = by_heads((*v_)(x));
   if (rope_) {
     q = ops::Rope(q, info.positions, theta_);
     k = ops::Rope(k, info.positions, theta_);
@@ -54,7 +57,7 @@ Tensor Attention::Forward(const Tensor& x, const SequenceInfo& info) {
     v = Append(cache.v, info.cache->length, v);
   }
   const Tensor mixed = inner_->Forward(q, k, v, info);
-  return (*out_)(ops::Reshape(mixed, {b, t, -1}));
+  return (*out_)(ops::Reshape(mixed, {b, t, mixed.dim(2) * head_dim_}));
 }
 
 SwiGluMlp::SwiGluMlp(const ModelConfig& config) {

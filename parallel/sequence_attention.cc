@@ -1,5 +1,6 @@
 #include "parallel/sequence_attention.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <numeric>
@@ -11,12 +12,29 @@
 namespace shoal {
 namespace {
 
-// Kept by the node: of ulysses all rows of some heads, else this rank's rows.
+// Kept by the node: the group's rows of some heads where heads are exchanged, else this rank's
+// rows.
 enum Kept { kQ, kK, kV, kLse, kOut };
 
 // Schedules that are as a batch's documents say are made anew for each; a few are kept for batches
 // that come again.
 constexpr size_t kPlans = 8;
+
+bool ExchangesHeads(SequenceKind kind) {
+  return kind == SequenceKind::kUlysses || kind == SequenceKind::kHybrid;
+}
+
+SequenceOptions Checked(const SequenceOptions& options, int ranks) {
+  if (options.backward && (!options.schedule || (*options.schedule != *options.backward &&
+                                                 (ExchangesHeads(*options.schedule) ||
+                                                  ExchangesHeads(*options.backward)))))
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+               "a backward by {} needs a forward schedule that keeps what it takes: set both to "
+               "ulysses, both to hybrid, or both to others",
+               Name(*options.backward));
+  if (options.schedule == SequenceKind::kHybrid) HybridGroups(ranks, options.ulysses);
+  return options;
+}
 
 bool Same(const Tensor& a, const Tensor& b) {
   return a.defined() == b.defined() && (!a.defined() || a.is(b));
@@ -24,18 +42,26 @@ bool Same(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-SequenceGroup::SequenceGroup(const SequenceOptions& options, Communicator& cp)
-    : options_(options), cp_(cp), wire_(cp) {
-  const auto ulysses = [](std::optional<SequenceKind> kind) {
-    return kind == SequenceKind::kUlysses;
-  };
-  if (options.backward &&
-      (!options.schedule || ulysses(options.schedule) != ulysses(options.backward)))
+std::vector<int> HybridGroups(int ranks, int64_t ulysses) {
+  std::vector<int> sizes = SequenceGroupSizes(ranks);
+  std::erase_if(sizes, [&](int n) { return n == 1 || n == ranks; });
+  if (sizes.empty())
     SHOAL_FAIL(ErrorKind::kConfig, "sequence",
-               "a backward by {} needs a forward schedule that keeps what it takes: set both to "
-               "ulysses, or both to others",
-               Name(*options.backward));
+               "sequence.schedule \"hybrid\" needs groups of equal size, and {} rank{} of mesh.cp "
+               "cannot be in several of more than one: set mesh.cp to 4, 6, 8 or another product, "
+               "or sequence.schedule to \"auto\"",
+               ranks, ranks == 1 ? "" : "s");
+  if (ulysses == 0) return sizes;
+  if (std::ranges::find(sizes, ulysses) == sizes.end())
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+               "sequence.ulysses {} does not cut mesh.cp {} into groups: set it to one of {}, or "
+               "leave it out",
+               ulysses, ranks, fmt::join(sizes, ", "));
+  return {static_cast<int>(ulysses)};
 }
+
+SequenceGroup::SequenceGroup(const SequenceOptions& options, Communicator& cp)
+    : options_(Checked(options, cp.size())), cp_(cp), wire_(cp) {}
 
 void SequenceGroup::Learn(const Tensor& q, const SequenceInfo& info) {
   if (info.positions.defined() && Same(positions_, info.positions) &&
@@ -89,20 +115,22 @@ std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& 
   const SequenceLayout layout(options_.layout, tokens_, cp_.size());
   const SequenceMask mask{options_.causal, options_.window, ids_};
   const auto heads = static_cast<int>(q.dim(2)), kv_heads = static_cast<int>(k.dim(2));
-  SequenceChoice choice = {SequenceKind::kTokenRing, SequenceKind::kTokenRing, "as asked for"};
-  if (options_.schedule) {
-    choice.forward = *options_.schedule;
-    choice.backward = options_.backward.value_or(choice.forward);
+  const bool hybrid = options_.schedule == SequenceKind::kHybrid;
+  SequenceChoice choice;
+  if (options_.schedule && !hybrid) {
+    choice = {
+        {*options_.schedule}, {options_.backward.value_or(*options_.schedule)}, "as asked for"};
   } else if (alike != nullptr) {
-    choice = {alike->forward.kind, alike->backward.kind, alike->reason};
+    choice = {alike->forward.method, alike->backward.method, alike->reason};
   } else {
     choice = ChooseSequence(
         layout, mask, heads, kv_heads,
         WidthsOf(q.dim(0), q.dim(3), q.dtype(), {.wide_results = options_.wide_results}),
-        options_.machine);
+        options_.machine,
+        hybrid ? HybridGroups(cp_.size(), options_.ulysses) : SequenceGroupSizes(cp_.size()));
   }
-  const auto make = [&](SequenceKind kind, SequencePass pass) {
-    SequenceSchedule schedule = MakeSequenceSchedule(kind, pass, layout, mask, heads, kv_heads);
+  const auto make = [&](const SequenceMethod& method, SequencePass pass) {
+    SequenceSchedule schedule = MakeSequenceSchedule(method, pass, layout, mask, heads, kv_heads);
     // By documents it would take the square of the tokens.
     if (ids_.empty()) CheckSequenceSchedule(schedule);
     return schedule;
@@ -119,8 +147,9 @@ std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& 
 std::string SequenceGroup::Describe() const {
   if (plans_.empty()) return "";
   const Plan& plan = *plans_.front();
-  return fmt::format("forward {}, backward {}, layout {}: {}", Name(plan.forward.kind),
-                     Name(plan.backward.kind), Name(options_.layout), plan.reason);
+  return fmt::format(
+      "forward {}, backward {}, layout {}: {}", shoal::Describe(plan.forward.method, cp_.size()),
+      shoal::Describe(plan.backward.method, cp_.size()), Name(options_.layout), plan.reason);
 }
 
 Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -141,7 +170,7 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
   x.k = k.Detached();
   x.v = v.Detached();
   // A replay takes what is kept: it communicates nothing.
-  const bool heads = plan->forward.kind == SequenceKind::kUlysses;
+  const bool heads = plan->forward.per_group() > 1;
   const bool again =
       heads ? TakeKept({&x.head_q, &x.head_k, &x.head_v, &x.head_out, &x.head_lse, &x.out})
             : TakeKept({&x.out, &x.lse});

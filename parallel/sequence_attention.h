@@ -22,7 +22,9 @@ namespace shoal {
 
 struct SequenceOptions {
   std::optional<SequenceKind> schedule;  // none: for each pass what takes least time on `machine`
-  std::optional<SequenceKind> backward;  // none: as `schedule`; ulysses goes with itself only
+  std::optional<SequenceKind> backward;  // none: as `schedule`; ulysses and hybrid go with
+                                         // themselves only
+  int ulysses = 0;  // of hybrid: ranks that exchange heads; 0: what takes least time on `machine`
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   bool causal = true;
   int64_t window = 0;  // > 0: a query sees that many keys, its own included
@@ -35,10 +37,15 @@ struct SequenceOptions {
   SequenceMachine machine = {};
 };
 
+// The sizes of hybrid's groups that a group of `ranks` may have, where `ulysses` asks for one of
+// them or, by 0, for any. Throws an Error that says what to do if there is none.
+std::vector<int> HybridGroups(int ranks, int64_t ulysses);
+
 // What the attention layers of a rank share: the group's messages, and the plan for a batch.
 class SequenceGroup {
  public:
-  // Collective; `cp` must outlive it.
+  // Collective; `cp` must outlive it. Options that do not fit are refused before any rank
+  // communicates.
   SequenceGroup(const SequenceOptions& options, Communicator& cp);
 
   struct Plan {
@@ -49,7 +56,8 @@ class SequenceGroup {
     std::string reason;  // why these
   };
   // For q [B, T, N, H] and k [B, T, K, H] of this rank. The ranks exchange the sequence's length
-  // and its documents when info's tensors are others than at the last call. What auto chose stays
+  // and its documents when info's tensors are others than at the last call; all have documents or
+  // none, those without tokens too. What auto chose stays
   // for batches of the same shape.
   std::shared_ptr<const Plan> PlanFor(const Tensor& q, const Tensor& k, const SequenceInfo& info);
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::array kKinds = {"token_ring", "token_ring_relay", "token_ring_lagged",
                                "kv_ring",    "kv_ring_one_way",  "kv_direct",
-                               "all_gather", "ulysses"};
+                               "all_gather", "ulysses",          "hybrid"};
 constexpr std::array kTags = {"Q", "O", "lse", "K", "V", "dO", "delta", "dQ", "dK", "dV"};
 constexpr std::array kPayloads = {"query", "result", "kv", "kv_gradient", "heads", "heads_result"};
 static_assert(kKinds.size() == kSequenceKinds && kTags.size() == kSequenceTags);
@@ -40,10 +40,30 @@ SequenceKind ParseSequenceKind(std::string_view name) {
              all);
 }
 
+std::string Describe(const SequenceMethod& method, int ranks) {
+  if (method.kind != SequenceKind::kHybrid) return Name(method.kind);
+  return fmt::format("hybrid ({} x {}, {})", method.group, ranks / method.group, Name(method.rows));
+}
+
+SequenceSchedule::Heads SequenceSchedule::Share(int rank) const {
+  const int n = per_group(), place = rank % n, of_kv = heads / kv_heads;
+  if (kv_heads >= n)
+    return {static_cast<int>(ShardBegin(kv_heads, place, n)) * of_kv,
+            static_cast<int>(ShardBegin(kv_heads, place + 1, n)) * of_kv};
+  int kv = 0;  // whose ranks this is one of
+  while (ShardBegin(n, kv + 1, kv_heads) <= place) ++kv;
+  const auto first = static_cast<int>(ShardBegin(n, kv, kv_heads));
+  const int sharers = static_cast<int>(ShardBegin(n, kv + 1, kv_heads)) - first;
+  const auto bound = [&](int i) {
+    return kv * of_kv + static_cast<int>(ShardBegin(of_kv, i, sharers));
+  };
+  return {bound(place - first), bound(place - first + 1)};
+}
+
 bool SequenceSchedule::SharesKvHeads() const {
-  for (int r = 1; r < ranks(); ++r) {
-    const auto begin = static_cast<int>(ShardBegin(heads, r, ranks()));
-    if (begin > 0 && begin < heads && KvBegin(begin) < KvEnd(begin)) return true;
+  for (int place = 1; place < per_group(); ++place) {
+    const Heads share = Share(place);
+    if (!share.empty() && share.begin % (heads / kv_heads) != 0) return true;
   }
   return false;
 }
@@ -68,8 +88,9 @@ std::vector<SequenceTag> TagsOf(SequencePayload payload, SequencePass pass) {
   return {};
 }
 
-int64_t WidthOf(const SequenceSchedule& schedule, SequenceTag tag, const SequenceWidths& widths) {
-  const bool ulysses = schedule.kind == SequenceKind::kUlysses;
+int64_t WidthOf(const SequenceSchedule& schedule, SequencePayload payload, SequenceTag tag,
+                const SequenceWidths& widths) {
+  const bool whole = payload == SequencePayload::kHeadsResult;  // over all keys or queries
   switch (tag) {
     case SequenceTag::kQ:
     case SequenceTag::kK:
@@ -77,13 +98,13 @@ int64_t WidthOf(const SequenceSchedule& schedule, SequenceTag tag, const Sequenc
     case SequenceTag::kDO:
       return widths.element;
     case SequenceTag::kO:
-      if (ulysses) return widths.element;
-      return schedule.kind == SequenceKind::kTokenRingLagged ? widths.sum : widths.partial;
+      if (whole) return widths.element;
+      return schedule.rows_kind() == SequenceKind::kTokenRingLagged ? widths.sum : widths.partial;
     case SequenceTag::kDQ:
-      return ulysses ? widths.element : widths.sum;
+      return whole ? widths.element : widths.sum;
     case SequenceTag::kDK:
     case SequenceTag::kDV:
-      return ulysses && !schedule.SharesKvHeads() ? widths.element : widths.sum;
+      return whole && !schedule.SharesKvHeads() ? widths.element : widths.sum;
     case SequenceTag::kLse:
     case SequenceTag::kDelta:
       return widths.sum;
@@ -111,7 +132,7 @@ int64_t RowElements(const SequenceSchedule& schedule, const SequenceAction& mess
 int64_t MessageBytes(const SequenceSchedule& schedule, const SequenceAction& message,
                      SequenceTag tag, const SequenceWidths& widths) {
   return widths.batch * RowCount(message) * RowElements(schedule, message, tag, widths.head_dim) *
-         WidthOf(schedule, tag, widths);
+         WidthOf(schedule, message.payload, tag, widths);
 }
 
 int64_t MessageBytes(const SequenceSchedule& schedule, const SequenceAction& message,
@@ -176,8 +197,6 @@ std::string ActionText(const SequenceAction& a) {
     case SequenceOp::kMerge:
       return fmt::format("merge {} of {}{}", Name(a.payload), a.owner, rows(a.rows));
     case SequenceOp::kTile:
-      if (a.owner == SequenceAction::kEverybody)
-        return fmt::format("attend with heads [{}, {})", a.head_begin, a.head_end);
       return fmt::format("tile {}{} x {}{}", a.owner, rows(a.rows), a.key_owner, rows({a.keys}));
   }
   return "";
@@ -185,8 +204,8 @@ std::string ActionText(const SequenceAction& a) {
 
 std::string WriteSequenceSchedule(const SequenceSchedule& schedule) {
   std::string text =
-      fmt::format("# {} {}, {} layout, {} tokens\n", Name(schedule.kind), Name(schedule.pass),
-                  Name(schedule.layout.kind()), schedule.layout.tokens());
+      fmt::format("# {} {}, {} layout, {} tokens\n", Describe(schedule.method, schedule.ranks()),
+                  Name(schedule.pass), Name(schedule.layout.kind()), schedule.layout.tokens());
   for (size_t r = 0; r < schedule.actions.size(); ++r) {
     text += fmt::format("{}:", r);
     for (const SequenceAction& a : schedule.actions[r])

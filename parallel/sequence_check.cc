@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "core/base/error.h"
@@ -37,7 +38,9 @@ class Checker {
       const auto r = static_cast<size_t>(rank);
       if (done[r] < s_.actions[r].size()) Fail(rank, done[r], "waits for ever");
     }
-    if (s_.kind == SequenceKind::kUlysses) return CheckHeads();
+    for (const auto& [ranks, waiting] : sent_)
+      if (!waiting.empty()) Fail(ranks.first, waiting.front(), "is not received");
+    if (s_.per_group() > 1) CheckHeads();
     CheckCover();
     CheckShares();
   }
@@ -47,6 +50,9 @@ class Checker {
 
   void Visit(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+    CheckRows(rank, i, a.ExchangesHeads() ? s_.layout : s_.groups, a.owner, a.rows);
+    if (a.op == SequenceOp::kTile) CheckRows(rank, i, s_.groups, a.key_owner, {a.keys});
+    a.ExchangesHeads() ? CheckExchange(rank, i) : CheckHeadsOf(rank, i);
     switch (a.op) {
       case SequenceOp::kSend:
         sent_[{rank, a.peer}].push_back(i);
@@ -61,26 +67,26 @@ class Checker {
         if (Carries(a)) {
           if (inbox_.contains(rank)) Fail(rank, i, "what was received before is not merged");
           auto& moving = moving_[{a.peer, rank}];
-          inbox_[rank] = moving.front();
+          inbox_[rank] = {i, moving.front()};
           moving.pop_front();
         } else {
           auto& held = held_[{rank, a.payload == SequencePayload::kKeyValue, a.owner}];
-          held.insert(held.end(), a.rows.begin(), a.rows.end());
-          if (a.payload == SequencePayload::kHeads) ++arrived_[rank];
-          if (a.payload == SequencePayload::kHeadsResult) ++returned_[rank];
+          if (!a.ExchangesHeads()) held.insert(held.end(), a.rows.begin(), a.rows.end());
         }
         break;
       }
       case SequenceOp::kMerge: {
         if (!inbox_.contains(rank)) Fail(rank, i, "nothing was received, or it is merged already");
+        const auto& [received, more] = inbox_[rank];
+        if (!s_.actions[static_cast<size_t>(rank)][received].SameMessage(a))
+          Fail(rank, i, "what was received last is something else");
         auto& shares = shares_[{rank, OfKeys(a), a.owner}];
-        shares.insert(shares.end(), inbox_[rank].begin(), inbox_[rank].end());
+        shares.insert(shares.end(), more.begin(), more.end());
         inbox_.erase(rank);
         break;
       }
       case SequenceOp::kTile:
         tiles_.emplace_back(rank, i);
-        if (a.owner == SequenceAction::kEverybody) break;
         Need(rank, i, false, a.owner, a.rows[0]);
         Need(rank, i, true, a.key_owner, a.keys);
         const int tile = static_cast<int>(tiles_.size()) - 1;
@@ -125,7 +131,7 @@ class Checker {
   }
 
   void Need(int rank, size_t i, bool keys, int owner, const SequenceRows& rows) {
-    if (owner == rank) return;
+    if (owner == s_.GroupOf(rank)) return;
     const auto& held = held_[{rank, keys, owner}];
     if (std::ranges::none_of(held, [&](const SequenceRows& h) { return Inside(rows, h); }))
       Fail(rank, i, "these rows of rank {} are not here", owner);
@@ -147,33 +153,38 @@ class Checker {
   }
 
   void CheckCover() const {
-    using Place = std::tuple<int, int, int, int>;  // owners and ranges of queries and keys
+    // The share of the heads; owners and ranges of queries and keys.
+    using Place = std::tuple<int, int, int, int, int>;
     std::map<Place, std::vector<const SequenceAction*>> cover;
     for (const auto& [rank, i] : tiles_) {
       const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
-      auto& others = cover[{a.owner, a.rows[0].range, a.key_owner, a.keys.range}];
+      auto& others =
+          cover[{rank % s_.per_group(), a.owner, a.rows[0].range, a.key_owner, a.keys.range}];
       for (const SequenceAction* other : others)
         if (Overlap(other->rows[0], a.rows[0]) && Overlap(other->keys, a.keys))
           Fail(rank, i, "overlaps {}", ActionText(*other));
       others.push_back(&a);
     }
-    for (int a = 0; a < s_.ranks(); ++a)
-      for (int b = 0; b < s_.ranks(); ++b)
-        for (int i = 0; i < std::ssize(s_.layout.ranges(a)); ++i)
-          for (int j = 0; j < std::ssize(s_.layout.ranges(b)); ++j) {
-            int64_t pairs = 0;
-            const auto found = cover.find({a, i, b, j});
-            if (found != cover.end())
-              for (const SequenceAction* t : found->second)
-                pairs += Pairs(s_.Range(a, t->rows[0]), s_.Range(b, t->keys));
-            const int64_t all = Pairs(s_.layout.ranges(a)[static_cast<size_t>(i)],
-                                      s_.layout.ranges(b)[static_cast<size_t>(j)]);
-            if (pairs != all)
-              SHOAL_FAIL(ErrorKind::kConfig, "sequence",
-                         "{}: tiles have {} of the {} visible pairs of rank {}'s queries and rank "
-                         "{}'s keys",
-                         Name(s_.kind), pairs, all, a, b);
-          }
+    for (int share = 0; share < s_.per_group(); ++share) {
+      if (s_.Share(share).empty()) continue;
+      for (int a = 0; a < s_.groups.ranks(); ++a)
+        for (int b = 0; b < s_.groups.ranks(); ++b)
+          for (int i = 0; i < std::ssize(s_.groups.ranges(a)); ++i)
+            for (int j = 0; j < std::ssize(s_.groups.ranges(b)); ++j) {
+              int64_t pairs = 0;
+              const auto found = cover.find({share, a, i, b, j});
+              if (found != cover.end())
+                for (const SequenceAction* t : found->second)
+                  pairs += Pairs(s_.Range(a, t->rows[0]), s_.Range(b, t->keys));
+              const int64_t all = Pairs(s_.groups.ranges(a)[static_cast<size_t>(i)],
+                                        s_.groups.ranges(b)[static_cast<size_t>(j)]);
+              if (pairs != all)
+                SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+                           "{}: tiles have {} of the {} visible pairs of {}'s queries and {}'s "
+                           "keys",
+                           Name(s_.kind()), pairs, all, a, b);
+            }
+    }
   }
 
   void CheckShares() const {
@@ -182,7 +193,7 @@ class Checker {
       const auto& [rank, of_keys, owner] = key;
       for (const Share& share : shares) {
         const auto& [at, i] = tiles_[static_cast<size_t>(share.tile)];
-        if (rank != owner) Fail(at, i, "its share stays at rank {}", rank);
+        if (s_.GroupOf(rank) != owner) Fail(at, i, "its share stays at rank {}", rank);
         rows[static_cast<size_t>(share.tile)][of_keys] += share.rows.count;
       }
     }
@@ -195,45 +206,97 @@ class Checker {
     }
   }
 
+  void CheckRows(int rank, size_t i, const SequenceLayout& layout, int owner,
+                 const std::vector<SequenceRows>& rows) const {
+    const auto is = [&](const SequenceRows& r) {
+      return r.range >= 0 && r.range < std::ssize(layout.ranges(owner)) && r.count > 0 &&
+             Inside(r, {r.range, 0, layout.ranges(owner)[static_cast<size_t>(r.range)].count});
+    };
+    if (owner < 0 || owner >= layout.ranks() || rows.empty() || !std::ranges::all_of(rows, is))
+      Fail(rank, i, "{} has no such rows", owner);
+  }
+
+  // Tiles and rows between groups are of this rank's heads.
+  void CheckHeadsOf(int rank, size_t i) {
+    const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+    const SequenceSchedule::Heads share = s_.Share(rank);
+    if (a.head_begin != share.begin || a.head_end != share.end)
+      Fail(rank, i, "heads [{}, {}) are not this rank's, which are [{}, {})", a.head_begin,
+           a.head_end, share.begin, share.end);
+    if (exchanged_[{rank, true}] > 0) Fail(rank, i, "comes after heads' results");
+    if (exchanged_[{rank, false}] < Partners(rank, false))
+      Fail(rank, i, "comes before all heads of the group's rows are here");
+  }
+
+  // All rows of their owner, of the heads of who works on them, within the group and once.
+  void CheckExchange(int rank, size_t i) {
+    const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+    const bool back = a.payload == SequencePayload::kHeadsResult;
+    const bool send = a.op == SequenceOp::kSend;
+    const int worker = send == back ? rank : a.peer, owner = send == back ? a.peer : rank;
+    const SequenceSchedule::Heads share = s_.Share(worker);
+    int64_t rows = 0;
+    for (const SequenceRows& r : a.rows) rows += r.count;
+    if (s_.GroupOf(a.peer) != s_.GroupOf(rank) || a.peer == rank)
+      Fail(rank, i, "heads go between ranks of one group");
+    if (a.owner != owner || a.head_begin != share.begin || a.head_end != share.end ||
+        rows != s_.layout.Rows(owner))
+      Fail(rank, i, "should be all rows of rank {}, of rank {}'s heads", owner, worker);
+    if (!met_.insert({rank, a.peer, back, send}).second) Fail(rank, i, "comes twice");
+    if (!back && exchanged_[{rank, true}] > 0) Fail(rank, i, "comes after heads' results");
+    if (!send) ++exchanged_[{rank, back}];
+  }
+  // From how many ranks a rank receives heads, or their results.
+  int Partners(int rank, bool back) const {
+    const auto owns = [&](int r) { return s_.layout.Rows(r) > 0; };
+    const auto works = [&](int r) { return !s_.Share(r).empty(); };
+    const int first = s_.GroupOf(rank) * s_.per_group();
+    int partners = 0;
+    for (int r = first; r < first + s_.per_group(); ++r)
+      partners += r != rank && (back ? owns(rank) && works(r) : works(rank) && owns(r));
+    return partners;
+  }
+
   void CheckHeads() {
-    std::ranges::sort(tiles_);
-    int heads = 0, workers = 0, owners = 0;
-    for (const auto& [rank, i] : tiles_) {
-      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
-      if (a.head_begin != heads) Fail(rank, i, "heads from {} on are nobody's, or twice", heads);
-      heads = a.head_end;
-      workers += a.head_begin < a.head_end;
-    }
-    for (int r = 0; r < s_.ranks(); ++r) owners += s_.layout.Rows(r) > 0;
-    for (const auto& [rank, i] : tiles_) {
-      const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
-      const bool works = a.head_begin<a.head_end, owns = s_.layout.Rows(rank)> 0;
-      if (works && arrived_[rank] != owners - owns)
-        Fail(rank, i, "{} ranks' rows arrive", arrived_[rank]);
-      if (owns && returned_[rank] != workers - works)
-        Fail(rank, i, "{} ranks' results come back", returned_[rank]);
+    int heads = 0;
+    for (int r = 0; r < s_.per_group(); ++r) {
+      const SequenceSchedule::Heads share = s_.Share(r);
+      if (share.begin != heads && !share.empty())
+        SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{}: heads from {} on are nobody's, or twice",
+                   Name(s_.kind()), heads);
+      heads = std::max(heads, share.end);
     }
     if (heads != s_.heads)
-      SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{}: {} of {} heads are worked on", Name(s_.kind),
-                 heads, s_.heads);
+      SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{}: {} of {} heads are worked on",
+                 Name(s_.kind()), heads, s_.heads);
+    for (int r = 0; r < s_.ranks(); ++r)
+      for (const bool back : {false, true})
+        if (exchanged_[{r, back}] != Partners(r, back))
+          SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+                     "{} {}: rank {} receives heads{} from {} of {} ranks", Name(s_.kind()),
+                     Name(s_.pass), r, back ? "' results" : "", exchanged_[{r, back}],
+                     Partners(r, back));
   }
 
   template <typename... Args>
   [[noreturn]] void Fail(int rank, size_t i, fmt::format_string<Args...> format,
                          Args&&... args) const {
-    SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{} {}: rank {}, action {} ({}): {}", Name(s_.kind),
-               Name(s_.pass), rank, i + 1, ActionText(s_.actions[static_cast<size_t>(rank)][i]),
+    SHOAL_FAIL(ErrorKind::kConfig, "sequence", "{} {}: rank {}, action {} ({}): {}",
+               Name(s_.kind()), Name(s_.pass), rank, i + 1,
+               ActionText(s_.actions[static_cast<size_t>(rank)][i]),
                fmt::format(format, std::forward<Args>(args)...));
   }
 
   const SequenceSchedule& s_;
   std::map<std::pair<int, int>, std::deque<size_t>> sent_;  // from, to: indices of sends
   std::map<std::pair<int, int>, std::deque<std::vector<Share>>> moving_;
-  std::map<int, std::vector<Share>> inbox_;  // by rank: received and not merged
+  // By rank: the message that was received and is not merged, and what is in it.
+  std::map<int, std::pair<size_t, std::vector<Share>>> inbox_;
   std::map<Key, std::vector<Share>> shares_;
   std::map<Key, std::vector<SequenceRows>> held_;
-  std::vector<std::pair<int, size_t>> tiles_;  // rank, action
-  std::map<int, int> arrived_, returned_;
+  std::vector<std::pair<int, size_t>> tiles_;       // rank, action
+  std::map<std::pair<int, bool>, int> exchanged_;   // rank, whether back: messages received
+  std::set<std::tuple<int, int, bool, bool>> met_;  // rank, peer, whether back, whether sent
 };
 
 }  // namespace

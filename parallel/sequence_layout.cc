@@ -40,17 +40,9 @@ const char* Name(SequenceLayoutKind kind) { return kNames[static_cast<size_t>(ki
 SequenceLayout::SequenceLayout(SequenceLayoutKind kind, int64_t tokens, int ranks)
     : kind_(kind), tokens_(tokens), ranges_(static_cast<size_t>(ranks)) {
   SHOAL_CHECK(tokens >= 0 && ranks >= 1, "sequence", "{} tokens over {} ranks", tokens, ranks);
-  const auto add = [&](int rank, int64_t begin, int64_t count, int64_t step) {
-    auto& ranges = ranges_[static_cast<size_t>(rank)];
-    if (count == 0) return;
-    if (!ranges.empty() && step == 1 && ranges.back().begin + ranges.back().count == begin)
-      ranges.back().count += count;  // neighbours are one range
-    else
-      ranges.push_back({begin, count, step, Rows(rank)});
-  };
   const auto add_part = [&](int rank, int part, int parts) {
     const int64_t begin = ShardBegin(tokens, part, parts);
-    add(rank, begin, ShardBegin(tokens, part + 1, parts) - begin, 1);
+    Add(rank, begin, ShardBegin(tokens, part + 1, parts) - begin, 1);
   };
   for (int r = 0; r < ranks; ++r) {
     switch (kind) {
@@ -62,10 +54,40 @@ SequenceLayout::SequenceLayout(SequenceLayoutKind kind, int64_t tokens, int rank
         add_part(r, 2 * ranks - 1 - r, 2 * ranks);
         break;
       case SequenceLayoutKind::kStriped:
-        add(r, r, tokens > r ? (tokens - r + ranks - 1) / ranks : 0, ranks);
+        Add(r, r, tokens > r ? (tokens - r + ranks - 1) / ranks : 0, ranks);
         break;
     }
   }
+}
+
+SequenceLayout SequenceLayout::Groups(int per_group) const {
+  SHOAL_CHECK(per_group >= 1 && ranks() % per_group == 0, "sequence", "groups of {} of {} ranks",
+              per_group, ranks());
+  // One group has all tokens, in their order.
+  if (per_group == ranks()) {
+    SequenceLayout one(SequenceLayoutKind::kContiguous, tokens_, 1);
+    one.kind_ = kind_;
+    return one;
+  }
+  SequenceLayout groups(kind_, 0, ranks() / per_group);
+  groups.tokens_ = tokens_;
+  for (int g = 0; g < groups.ranks(); ++g) {
+    std::vector<TokenRange> all;
+    for (int r = g * per_group; r < (g + 1) * per_group; ++r)
+      all.insert(all.end(), ranges(r).begin(), ranges(r).end());
+    std::ranges::sort(all, {}, &TokenRange::begin);
+    for (const TokenRange& range : all) groups.Add(g, range.begin, range.count, range.step);
+  }
+  return groups;
+}
+
+void SequenceLayout::Add(int rank, int64_t begin, int64_t count, int64_t step) {
+  auto& ranges = ranges_[static_cast<size_t>(rank)];
+  if (count == 0) return;
+  if (!ranges.empty() && step == 1 && ranges.back().begin + ranges.back().count == begin)
+    ranges.back().count += count;  // neighbours are one range
+  else
+    ranges.push_back({begin, count, step, Rows(rank)});
 }
 
 int64_t SequenceLayout::Rows(int rank) const {

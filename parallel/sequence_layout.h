@@ -37,7 +37,11 @@ class SequenceLayout {
   SequenceLayoutKind kind() const { return kind_; }
   int64_t tokens() const { return tokens_; }
   int ranks() const { return static_cast<int>(ranges_.size()); }
-  // In ascending order of tokens, and so of rows. None is empty.
+  // The same tokens over groups of `per_group` ranks in a row, which must divide the ranks: a group
+  // has its ranks' rows, in ascending order of its ranges' first tokens.
+  SequenceLayout Groups(int per_group) const;
+  // In ascending order of tokens, and so of rows. None is empty. A group's stripes lie one after
+  // the other.
   std::span<const TokenRange> ranges(int rank) const { return ranges_[static_cast<size_t>(rank)]; }
   int64_t Rows(int rank) const;
   int64_t Token(int rank, int64_t row) const;
@@ -46,6 +50,8 @@ class SequenceLayout {
   std::vector<int64_t> Tokens(int rank) const;
 
  private:
+  void Add(int rank, int64_t begin, int64_t count, int64_t step);
+
   SequenceLayoutKind kind_;
   int64_t tokens_;
   std::vector<std::vector<TokenRange>> ranges_;

@@ -1,5 +1,7 @@
 #include "parallel/sequence_pass.h"
 
+#include <algorithm>
+
 #include "kernels/copy.h"
 #include "kernels/elementwise.h"
 #include "parallel/sequence_pass_base.h"
@@ -13,13 +15,13 @@ SequenceWidths WidthsOf(int64_t batch, int64_t head_dim, DType dtype,
   return {batch, head_dim, element, options.wide_results ? sum : element, sum};
 }
 
-// Ulysses' backward has no q, and no forward has dout.
+// Where heads are exchanged a backward has no q, and no forward has dout.
 SequencePassBase::SequencePassBase(const SequenceSchedule& schedule,
-                                   const SequencePassOptions& options, SequenceWire& wire, int rank,
-                                   SequenceArrays& arrays)
+                                   const SequencePassOptions& options, SequenceWire& wire,
+                                   int owner, Actions actions, SequenceArrays& arrays)
     : s_(schedule),
       options_(options),
-      rank_(rank),
+      owner_(owner),
       x_(arrays),
       dtype_((arrays.dout.defined() ? arrays.dout : arrays.q).dtype()),
       wide_(AccumulatorDType(dtype_)),
@@ -27,7 +29,7 @@ SequencePassBase::SequencePassBase(const SequenceSchedule& schedule,
       head_dim_((arrays.dout.defined() ? arrays.dout : arrays.q).dim(3)),
       stream_(ExecutionContext::Current().stream()),
       wire_(wire),
-      list_(schedule.actions[static_cast<size_t>(rank)]),
+      list_(actions),
       widths_(WidthsOf(batch_, head_dim_, dtype_, options)) {}
 
 void SequencePassBase::Run() {
@@ -52,12 +54,11 @@ void SequencePassBase::Run() {
     Done();
   }
   End();
-  last_sent_ = {};
-  wire_.Finish();
 }
 
-DType SequencePassBase::WireType(Tag tag) const {
-  return WidthOf(s_, tag, widths_) == static_cast<int64_t>(SizeOf(dtype_)) ? dtype_ : wide_;
+DType SequencePassBase::WireType(SequencePayload payload, Tag tag) const {
+  return WidthOf(s_, payload, tag, widths_) == static_cast<int64_t>(SizeOf(dtype_)) ? dtype_
+                                                                                    : wide_;
 }
 
 Tensor SequencePassBase::Buffer(const SequenceAction& a) const {
@@ -69,7 +70,7 @@ void SequencePassBase::Send(const SequenceAction& a) {
   // Rows that go to several ranks are packed once.
   const bool given =
       a.payload == SequencePayload::kQuery || a.payload == SequencePayload::kKeyValue;
-  if (!last_sent_.defined() || !given || a.owner != rank_ || !last_send_->SameMessage(a)) {
+  if (!last_sent_.defined() || !given || a.owner != owner_ || !last_send_->SameMessage(a)) {
     last_sent_ = Buffer(a);
     last_send_ = &a;
     ForParts(a, last_sent_, [&](Tag tag, const SequenceRows& rows, const View& part) {
@@ -126,11 +127,51 @@ Tensor SequencePassBase::Documents(const TokenRange& range) const {
   return Tensor::From(ids, {batch_, range.count}, MemoryClass::kWorkspace);
 }
 
+namespace {
+
+void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& options,
+              SequenceWire& wire, int rank, SequenceArrays& x) {
+  const SequencePassBase::Actions all = schedule.actions[static_cast<size_t>(rank)];
+  if (schedule.per_group() == 1)
+    return MakeRowsPass(schedule, options, wire, rank, all, true, x)->Run();
+
+  const auto is = [](SequencePayload payload) {
+    return
+        [payload](const SequenceAction& a) { return a.ExchangesHeads() && a.payload == payload; };
+  };
+  const auto rows = std::ranges::find_if_not(all, is(SequencePayload::kHeads));
+  const auto back = std::ranges::find_if(rows, all.end(), is(SequencePayload::kHeadsResult));
+  SequenceArrays share;
+  if (schedule.pass == SequencePass::kBackward) {
+    share.q = x.head_q;
+    share.k = x.head_k;
+    share.v = x.head_v;
+    share.out = x.head_out;
+    share.lse = x.head_lse;
+  }
+  const auto exchange = [&](SequencePayload payload, SequencePassBase::Actions actions) {
+    MakeHeadsExchange(schedule, options, wire, rank, actions, payload, x, share)->Run();
+  };
+  exchange(SequencePayload::kHeads, {all.begin(), rows});
+  // dK and dV of several shares are rounded as a sum.
+  MakeRowsPass(schedule, options, wire, schedule.GroupOf(rank), {rows, back}, false, share)->Run();
+  exchange(SequencePayload::kHeadsResult, {back, all.end()});
+  if (schedule.pass == SequencePass::kForward) {
+    x.head_q = share.q;
+    x.head_k = share.k;
+    x.head_v = share.v;
+    x.head_out = share.out;
+    x.head_lse = share.lse;
+  }
+}
+
+}  // namespace
+
 void RunSequencePass(const SequenceSchedule& schedule, const SequencePassOptions& options,
                      SequenceWire& wire, int rank, SequenceArrays& arrays) {
-  const auto make = schedule.kind == SequenceKind::kUlysses ? MakeHeadsPass : MakeRowsPass;
   try {
-    make(schedule, options, wire, rank, arrays)->Run();
+    RunParts(schedule, options, wire, rank, arrays);
+    wire.Finish();
   } catch (...) {
     wire.Abandon();  // whom messages are for may wait for one that will not come
     throw;

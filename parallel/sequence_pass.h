@@ -18,9 +18,9 @@ struct SequenceArrays {
   Tensor q, dout, out, dq;  // [B, T, N, H]
   Tensor k, v, dk, dv;      // [B, T, K, H]
   Tensor lse;               // [B, N, T] f32 (f64 for f64)
-  // Of ulysses, instead of q, k, v, out and lse of the rows: all tokens' of this rank's heads,
-  // which its backward needs: [B, S, heads, H] and [B, heads, S]. Forward makes them, backward
-  // takes them.
+  // Where heads are exchanged, instead of q, k, v, out and lse of the rows: the group's rows G of
+  // this rank's heads, which its backward needs: [B, G, heads, H] and [B, heads, G]. Forward makes
+  // them, backward takes them.
   Tensor head_q, head_k, head_v, head_out, head_lse;
 };
 

@@ -1,5 +1,7 @@
-// What passes over rows and over heads share: the loop over the actions, and messages.
+// What the parts of a pass share: the loop over their actions, and messages.
 #pragma once
+
+#include <span>
 
 #include "parallel/sequence_pass.h"
 
@@ -7,8 +9,11 @@ namespace shoal {
 
 class SequencePassBase {
  public:
+  using Actions = std::span<const SequenceAction>;
+
+  // `owner`: whose rows `arrays` has: a group's or, while heads are exchanged, a rank's.
   SequencePassBase(const SequenceSchedule& schedule, const SequencePassOptions& options,
-                   SequenceWire& wire, int rank, SequenceArrays& arrays);
+                   SequenceWire& wire, int owner, Actions actions, SequenceArrays& arrays);
   virtual ~SequencePassBase() = default;
   SequencePassBase(const SequencePassBase&) = delete;
   SequencePassBase& operator=(const SequencePassBase&) = delete;
@@ -23,12 +28,12 @@ class SequencePassBase {
   // Where the part of a message lies here; it is about to be read.
   virtual View ToSend(const SequenceAction& a, Tag tag, const SequenceRows& rows) = 0;
   virtual void Arrived(const SequenceAction& a) = 0;  // as received()
-  virtual void Merge(const SequenceAction& a) = 0;
-  virtual void Tile(const SequenceAction& a) = 0;
+  virtual void Merge(const SequenceAction& /*a*/) {}
+  virtual void Tile(const SequenceAction& /*a*/) {}
   virtual void Done() {}  // with actions()[at()]
 
   bool forward() const { return s_.pass == SequencePass::kForward; }
-  const std::vector<SequenceAction>& actions() const { return list_; }
+  Actions actions() const { return list_; }
   size_t at() const { return at_; }  // the action in progress
   const Tensor& received() const { return received_; }
   void DropReceived() { received_ = {}; }
@@ -63,7 +68,7 @@ class SequencePassBase {
       for (const SequenceRows& rows : a.rows) {
         const Dims shape = IsStatistic(tag) ? Dims{batch_, heads, rows.count}
                                             : Dims{batch_, rows.count, heads, head_dim_};
-        const View part(data, WireType(tag), shape, buffer.device());
+        const View part(data, WireType(a.payload, tag), shape, buffer.device());
         data += part.bytes();
         f(tag, rows, part);
       }
@@ -72,21 +77,21 @@ class SequencePassBase {
 
   const SequenceSchedule& s_;
   const SequencePassOptions& options_;
-  const int rank_;
+  const int owner_;
   SequenceArrays& x_;
   const DType dtype_, wide_;
   const int64_t batch_, head_dim_;
   const Stream& stream_;
 
  private:
-  DType WireType(Tag tag) const;
+  DType WireType(SequencePayload payload, Tag tag) const;
   Tensor Buffer(const SequenceAction& a) const;
   void Send(const SequenceAction& a);
   void PostReceive(size_t from);
   void Receive(const SequenceAction& a);
 
   SequenceWire& wire_;
-  const std::vector<SequenceAction>& list_;
+  const Actions list_;
   const SequenceWidths widths_;
   size_t at_ = 0;
   Tensor arriving_, received_;  // the next message, and the one that came last
@@ -95,13 +100,20 @@ class SequencePassBase {
   const SequenceAction* last_send_ = nullptr;
 };
 
+// The tiles, and messages of rows between those who have the same heads. `round`: gradients are
+// left as wide as sums if not.
 std::unique_ptr<SequencePassBase> MakeRowsPass(const SequenceSchedule& schedule,
                                                const SequencePassOptions& options,
-                                               SequenceWire& wire, int rank,
+                                               SequenceWire& wire, int group,
+                                               SequencePassBase::Actions actions, bool round,
                                                SequenceArrays& arrays);
-std::unique_ptr<SequencePassBase> MakeHeadsPass(const SequenceSchedule& schedule,
-                                                const SequencePassOptions& options,
-                                                SequenceWire& wire, int rank,
-                                                SequenceArrays& arrays);
+// The exchange of heads, there or back: `arrays` are of the rank's rows and all heads, `share` of
+// its group's rows and the rank's heads. What the payload holds is made on the side that gets it.
+std::unique_ptr<SequencePassBase> MakeHeadsExchange(const SequenceSchedule& schedule,
+                                                    const SequencePassOptions& options,
+                                                    SequenceWire& wire, int rank,
+                                                    SequencePassBase::Actions actions,
+                                                    SequencePayload payload, SequenceArrays& arrays,
+                                                    SequenceArrays& share);
 
 }  // namespace shoal

@@ -1,4 +1,4 @@
-// Passes in which rows of queries or keys move; see parallel/sequence_pass.h.
+// Tiles, and rows of queries or keys that move between owners; see parallel/sequence_pass.h.
 #include <algorithm>
 #include <array>
 #include <limits>
@@ -31,13 +31,17 @@ struct Block {
 
 class RowsPass : public SequencePassBase {
  public:
-  using SequencePassBase::SequencePassBase;
+  RowsPass(const SequenceSchedule& schedule, const SequencePassOptions& options, SequenceWire& wire,
+           int group, Actions actions, bool round, SequenceArrays& arrays)
+      : SequencePassBase(schedule, options, wire, group, actions, arrays), round_(round) {}
 
  protected:
   void Begin() override {
-    const int64_t rows = s_.layout.Rows(rank_);
+    const int64_t rows = s_.groups.Rows(owner_);
     if (forward()) {
-      x_.out = Wide(RowShape(Tag::kO, rows), 0, ResultClass());
+      // One tile gives the results of all keys, already rounded.
+      const Dims out = RowShape(Tag::kO, rows);
+      x_.out = Whole() ? Tensor::Empty(out, dtype_) : Wide(out, 0, ResultClass());
       x_.lse = Wide(RowShape(Tag::kLse, rows), kNothing, MemoryClass::kActivations);
     } else {
       delta_ = Scratch(x_.lse.shape(), wide_);
@@ -46,14 +50,15 @@ class RowsPass : public SequencePassBase {
       x_.dk = Wide(RowShape(Tag::kDK, rows), 0, ResultClass());
       x_.dv = Wide(RowShape(Tag::kDV, rows), 0, ResultClass());
     }
-    const auto ranges = s_.layout.ranges(rank_);
+    const auto ranges = s_.groups.ranges(owner_);
     for (int i = 0; i < std::ssize(ranges); ++i) {
       const TokenRange& range = ranges[static_cast<size_t>(i)];
       const auto own = [&](Store store, std::initializer_list<std::pair<Tag, const Tensor*>> tags) {
         Block block{{i, 0, range.count}, {}, {}, actions().size()};
         for (const auto& [tag, tensor] : tags)
           At(block.views, tag) = tensor->view().Narrow(TokenDim(tag), range.row, range.count);
-        held_[{store, rank_}].push_back(std::move(block));
+        block.empty = store == Store::kResults && Whole();
+        held_[{store, owner_}].push_back(std::move(block));
       };
       own(Store::kKeys, {{Tag::kK, &x_.k}, {Tag::kV, &x_.v}});
       if (forward()) {
@@ -70,9 +75,10 @@ class RowsPass : public SequencePassBase {
 
   void End() override {
     if (forward()) {
-      x_.out = Result(x_.out);
+      if (!Whole()) x_.out = Result(x_.out);
       return;
     }
+    if (!round_) return;
     x_.dq = Result(x_.dq);
     x_.dk = Result(x_.dk);
     x_.dv = Result(x_.dv);
@@ -144,10 +150,11 @@ class RowsPass : public SequencePassBase {
   }
 
  private:
+  bool Whole() const { return forward() && actions().size() == 1; }
   Dims RowShape(Tag tag, int64_t tokens) const {
     const bool of_keys = tag == Tag::kK || tag == Tag::kV || tag == Tag::kDK || tag == Tag::kDV;
-    if (IsStatistic(tag)) return {batch_, s_.heads, tokens};
-    return {batch_, tokens, of_keys ? s_.kv_heads : s_.heads, head_dim_};
+    if (IsStatistic(tag)) return {batch_, x_.q.dim(2), tokens};
+    return {batch_, tokens, (of_keys ? x_.k : x_.q).dim(2), head_dim_};
   }
 
   // Room for what tiles with arrived rows give.
@@ -270,6 +277,7 @@ class RowsPass : public SequencePassBase {
   }
 
   std::map<std::pair<Store, int>, std::vector<Block>> held_;
+  const bool round_;
   Tensor delta_;
   Tensor first_;  // of a mutation
 };
@@ -278,9 +286,10 @@ class RowsPass : public SequencePassBase {
 
 std::unique_ptr<SequencePassBase> MakeRowsPass(const SequenceSchedule& schedule,
                                                const SequencePassOptions& options,
-                                               SequenceWire& wire, int rank,
+                                               SequenceWire& wire, int group,
+                                               SequencePassBase::Actions actions, bool round,
                                                SequenceArrays& arrays) {
-  return std::make_unique<RowsPass>(schedule, options, wire, rank, arrays);
+  return std::make_unique<RowsPass>(schedule, options, wire, group, actions, round, arrays);
 }
 
 }  // namespace shoal

@@ -65,14 +65,82 @@ struct Flow {
   std::vector<std::vector<Rows>> arrive;  // [owner][visit], from visit 1 on; one more, empty
 };
 
+// Makes the lists of all ranks, by the schedule's groups. Where the code says rank it means a
+// group, for whom the rank at `place_` of it works on its share of the heads.
 class Maker {
  public:
-  explicit Maker(SequenceSchedule& schedule) : s_(schedule), ranks_(schedule.ranks()) {
-    s_.actions.assign(static_cast<size_t>(ranks_), {});
+  explicit Maker(SequenceSchedule& schedule)
+      : s_(schedule), ranks_(schedule.groups.ranks()), per_group_(schedule.per_group()) {
+    s_.actions.assign(static_cast<size_t>(s_.ranks()), {});
     tiles_.resize(static_cast<size_t>(ranks_) * static_cast<size_t>(ranks_));
     for (int a = 0; a < ranks_; ++a)
       for (int b = 0; b < ranks_; ++b) MakeTiles(a, b);
   }
+
+  // Between the groups, for each share of the heads.
+  void MoveRows(SequenceKind kind) {
+    const int ahead = Ahead(ranks_);
+    for (place_ = 0; place_ < per_group_; ++place_) {
+      if (s_.Share(place_).empty()) continue;
+      switch (kind) {
+        case SequenceKind::kTokenRing:
+          Direct(true, ahead);
+          break;
+        case SequenceKind::kTokenRingRelay:
+          Ring(true, false, true);
+          break;
+        case SequenceKind::kTokenRingLagged:
+          Ring(true, true, false);
+          break;
+        case SequenceKind::kKvRing:
+          Ring(false, true, false);
+          break;
+        case SequenceKind::kKvRingOneWay:
+          Ring(false, false, false);
+          break;
+        case SequenceKind::kKvDirect:
+          Direct(false, ahead);
+          break;
+        case SequenceKind::kAllGather:
+          Gathered(ahead);
+          break;
+        default:  // one group, which has all rows
+          for (rank_ = 0; rank_ < ranks_; ++rank_) Self(kWhole);
+      }
+    }
+  }
+
+  // Within the groups: each rank's rows of the heads of each, there or back.
+  void ExchangeHeads(SequencePayload payload) {
+    const bool back = payload == SequencePayload::kHeadsResult;
+    for (rank_ = 0; rank_ < ranks_; ++rank_)
+      for (place_ = 0; place_ < per_group_; ++place_) {
+        const int rank = Real(rank_);
+        const auto message = [&](SequenceOp op, int step, bool mine) {
+          const int peer = rank - place_ + (place_ + step + per_group_) % per_group_;
+          const int owner = mine ? rank : peer;
+          const SequenceSchedule::Heads heads = s_.Share(mine ? peer : rank);
+          Message({.op = op,
+                   .payload = payload,
+                   .peer = peer,
+                   .owner = owner,
+                   .rows = All(s_.layout, owner),
+                   .head_begin = heads.begin,
+                   .head_end = heads.end});
+        };
+        Exchange(
+            per_group_, Ahead(per_group_),
+            [&](int step) { message(SequenceOp::kSend, -step, !back); },
+            [&](int step) { message(SequenceOp::kReceive, step, back); });
+      }
+  }
+
+ private:
+  enum Half { kWhole, kFirstHalf, kSecondHalf };
+
+  // How many steps early rows are sent where they go straight: as many messages, and results that
+  // wait for their turn, are held, whatever the number of ranks.
+  static int Ahead(int ranks) { return std::clamp(ranks - 2, 1, 2); }
 
   // Rows go straight to who needs them, and what comes of them straight back. Step s: of rank r's
   // to rank r - s. Rows are sent `ahead` steps early, so that as many links are busy.
@@ -108,7 +176,7 @@ class Maker {
     const bool back = s_.pass == SequencePass::kBackward;
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
       Exchange(
-          ahead,
+          ranks_, ahead,
           [&](int step) {
             const int to = Mod(rank_ - step);
             Send(Out(false), to, rank_, Needed(false, rank_, to));
@@ -122,7 +190,7 @@ class Maker {
         Tiles(false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));
       if (!back) continue;
       Exchange(
-          ahead,
+          ranks_, ahead,
           [&](int step) {
             const int owner = Mod(rank_ + step);
             Send(Back(false), owner, owner, Needed(false, owner, rank_));
@@ -196,52 +264,16 @@ class Maker {
     }
   }
 
-  // Rank r works on the r-th share of the query heads.
-  void Heads(int ahead) {
-    const auto begin = [&](int rank) {
-      return static_cast<int>(ShardBegin(s_.heads, rank, ranks_));
-    };
-    // Of the worker's heads, the owner's rows.
-    const auto message = [&](SequenceOp op, SequencePayload payload, int peer, int owner,
-                             int worker) {
-      Message({.op = op,
-               .payload = payload,
-               .peer = peer,
-               .owner = owner,
-               .rows = All(owner),
-               .head_begin = begin(worker),
-               .head_end = begin(worker + 1)});
-    };
-    constexpr auto kOut = SequencePayload::kHeads, kBack = SequencePayload::kHeadsResult;
-    for (rank_ = 0; rank_ < ranks_; ++rank_) {
-      const auto to = [&](int step) { return Mod(rank_ - step); };
-      const auto from = [&](int step) { return Mod(rank_ + step); };
-      Exchange(
-          ahead, [&](int i) { message(SequenceOp::kSend, kOut, to(i), rank_, to(i)); },
-          [&](int i) { message(SequenceOp::kReceive, kOut, from(i), from(i), rank_); });
-      Add({.op = SequenceOp::kTile,
-           .owner = SequenceAction::kEverybody,
-           .key_owner = SequenceAction::kEverybody,
-           .head_begin = begin(rank_),
-           .head_end = begin(rank_ + 1)});
-      Exchange(
-          ahead, [&](int i) { message(SequenceOp::kSend, kBack, to(i), to(i), rank_); },
-          [&](int i) { message(SequenceOp::kReceive, kBack, from(i), rank_, from(i)); });
-    }
-  }
-
- private:
   // give(step) `ahead` steps before take(step).
   template <class Give, class Take>
-  void Exchange(int ahead, Give give, Take take) {
-    for (int step = 1; step < ranks_ + ahead; ++step) {
-      if (step < ranks_) give(step);
+  void Exchange(int ranks, int ahead, Give give, Take take) {
+    for (int step = 1; step < ranks + ahead; ++step) {
+      if (step < ranks) give(step);
       if (step > ahead) take(step - ahead);
     }
   }
 
-  enum Half { kWhole, kFirstHalf, kSecondHalf };
-
+  int Real(int group) const { return group * per_group_ + place_; }
   int Mod(int rank) const { return ((rank % ranks_) + ranks_) % ranks_; }
   const std::vector<Tile>& TilesOf(int q_owner, int k_owner) const {
     return tiles_[static_cast<size_t>(q_owner) * static_cast<size_t>(ranks_) +
@@ -257,7 +289,7 @@ class Maker {
   void MakeTiles(int a, int b) {
     auto& tiles =
         tiles_[static_cast<size_t>(a) * static_cast<size_t>(ranks_) + static_cast<size_t>(b)];
-    const auto q = s_.layout.ranges(a), k = s_.layout.ranges(b);
+    const auto q = s_.groups.ranges(a), k = s_.groups.ranges(b);
     for (int i = 0; i < std::ssize(q); ++i)
       for (int j = 0; j < std::ssize(k); ++j)
         if (const auto t = Cut(a, {i, 0, q[static_cast<size_t>(i)].count}, b,
@@ -280,9 +312,9 @@ class Maker {
       Include(rows, queries ? t.q : t.k);
     return rows;
   }
-  Rows All(int owner) const {
+  Rows All(const SequenceLayout& layout, int owner) const {
     Rows rows;
-    const auto ranges = s_.layout.ranges(owner);
+    const auto ranges = layout.ranges(owner);
     for (int i = 0; i < std::ssize(ranges); ++i)
       rows.push_back({i, 0, ranges[static_cast<size_t>(i)].count});
     return rows;
@@ -316,7 +348,7 @@ class Maker {
     std::vector<Rows> all;
     int64_t up = 0, down = 0;
     for (int owner = 0; owner < ranks_; ++owner) {
-      all.push_back(All(owner));
+      all.push_back(All(s_.groups, owner));
       up += Hops(queries, owner, 1, all.back());
       down += Hops(queries, owner, -1, all.back());
     }
@@ -330,7 +362,7 @@ class Maker {
     for (int owner = 0; owner < ranks_; ++owner) {
       const auto o = static_cast<size_t>(owner);
       Rows either;
-      for (const SequenceRows& range : All(owner)) {
+      for (const SequenceRows& range : All(s_.groups, owner)) {
         const int64_t u = Hops(queries, owner, 1, {range}), d = Hops(queries, owner, -1, {range});
         if (u == 0 && d == 0) continue;
         (u < d ? up[o] : d < u ? down[o] : either).push_back(range);
@@ -348,43 +380,42 @@ class Maker {
   }
 
   void Add(SequenceAction action) {
-    s_.actions[static_cast<size_t>(rank_)].push_back(std::move(action));
+    s_.actions[static_cast<size_t>(Real(rank_))].push_back(std::move(action));
+  }
+  // Of this place's heads.
+  void AddOfShare(SequenceAction action) {
+    const SequenceSchedule::Heads heads = s_.Share(place_);
+    action.head_begin = heads.begin;
+    action.head_end = heads.end;
+    Add(std::move(action));
   }
   void Message(SequenceAction action) {
     if (Count(action.rows) > 0 && action.head_begin < action.head_end) Add(std::move(action));
   }
-  void Send(SequencePayload payload, int to, int owner, Rows rows) {
-    Message({.op = SequenceOp::kSend,
-             .payload = payload,
-             .peer = to,
-             .owner = owner,
-             .rows = std::move(rows),
-             .head_end = s_.heads});
+  void OfRows(SequenceOp op, SequencePayload payload, int peer, int owner, const Rows& rows) {
+    if (Count(rows) == 0) return;
+    AddOfShare({.op = op,
+                .payload = payload,
+                .peer = op == SequenceOp::kMerge ? -1 : Real(peer),
+                .owner = owner,
+                .rows = rows});
   }
-  void Receive(SequencePayload payload, int from, int owner, Rows rows) {
-    Message({.op = SequenceOp::kReceive,
-             .payload = payload,
-             .peer = from,
-             .owner = owner,
-             .rows = std::move(rows),
-             .head_end = s_.heads});
+  void Send(SequencePayload payload, int to, int owner, const Rows& rows) {
+    OfRows(SequenceOp::kSend, payload, to, owner, rows);
+  }
+  void Receive(SequencePayload payload, int from, int owner, const Rows& rows) {
+    OfRows(SequenceOp::kReceive, payload, from, owner, rows);
   }
   void ReceiveAndMerge(SequencePayload payload, int from, int owner, const Rows& rows) {
-    if (rows.empty()) return;
     Receive(payload, from, owner, rows);
-    Message({.op = SequenceOp::kMerge,
-             .payload = payload,
-             .owner = owner,
-             .rows = rows,
-             .head_end = s_.heads});
+    OfRows(SequenceOp::kMerge, payload, from, owner, rows);
   }
   void AddTile(int q_owner, int k_owner, const Tile& t) {
-    Add({.op = SequenceOp::kTile,
-         .owner = q_owner,
-         .rows = {t.q},
-         .key_owner = k_owner,
-         .keys = t.k,
-         .head_end = s_.heads});
+    AddOfShare({.op = SequenceOp::kTile,
+                .owner = q_owner,
+                .rows = {t.q},
+                .key_owner = k_owner,
+                .keys = t.k});
   }
   // Of this rank with `rows` of the owner.
   void Tiles(bool queries, int owner, const Rows& rows) {
@@ -406,50 +437,29 @@ class Maker {
   }
 
   SequenceSchedule& s_;
-  int ranks_, rank_ = 0;  // whose list is being made
+  const int ranks_, per_group_;
+  int rank_ = 0, place_ = 0;  // whose list is being made
   std::vector<std::vector<Tile>> tiles_;
 };
 
-// How many steps early rows are sent where they go straight: as many messages, and results that
-// wait for their turn, are held, whatever the number of ranks.
-constexpr int kAhead = 2;
-
 }  // namespace
 
-SequenceSchedule MakeSequenceSchedule(SequenceKind kind, SequencePass pass,
+SequenceSchedule MakeSequenceSchedule(const SequenceMethod& method, SequencePass pass,
                                       const SequenceLayout& layout, const SequenceMask& mask,
                                       int heads, int kv_heads) {
   SHOAL_CHECK(kv_heads > 0 && heads % kv_heads == 0, "sequence",
               "{} heads are not a multiple of {} kv heads", heads, kv_heads);
-  SequenceSchedule schedule{kind, pass, layout, mask, heads, kv_heads, {}};
+  const bool hybrid = method.kind == SequenceKind::kHybrid;
+  SHOAL_CHECK(!hybrid || static_cast<int>(method.rows) < kSequenceRowKinds, "sequence",
+              "{} moves no rows between groups", Name(method.rows));
+  const int per_group =
+      method.kind == SequenceKind::kUlysses ? layout.ranks() : (hybrid ? method.group : 1);
+  SequenceSchedule schedule{method, pass,  layout,   layout.Groups(per_group),
+                            mask,   heads, kv_heads, {}};
   Maker maker(schedule);
-  const int ahead = std::max(1, std::min(kAhead, layout.ranks() - 2));
-  switch (kind) {
-    case SequenceKind::kTokenRing:
-      maker.Direct(true, ahead);
-      break;
-    case SequenceKind::kTokenRingRelay:
-      maker.Ring(true, false, true);
-      break;
-    case SequenceKind::kTokenRingLagged:
-      maker.Ring(true, true, false);
-      break;
-    case SequenceKind::kKvRing:
-      maker.Ring(false, true, false);
-      break;
-    case SequenceKind::kKvRingOneWay:
-      maker.Ring(false, false, false);
-      break;
-    case SequenceKind::kKvDirect:
-      maker.Direct(false, ahead);
-      break;
-    case SequenceKind::kAllGather:
-      maker.Gathered(ahead);
-      break;
-    case SequenceKind::kUlysses:
-      maker.Heads(ahead);
-      break;
-  }
+  maker.ExchangeHeads(SequencePayload::kHeads);
+  maker.MoveRows(schedule.rows_kind());
+  maker.ExchangeHeads(SequencePayload::kHeadsResult);
   return schedule;
 }
 

@@ -37,8 +37,14 @@ namespace shoal {
 //   all_gather        kv_direct, but nothing is computed before all keys are there, and they are
 //                     all held: the simple way
 //   ulysses           each rank gets all rows of its share of the heads (DeepSpeed-Ulysses, arXiv
-//                     2309.14509): (P-1)/P (2 + 2 kv/heads) q | the same. kv heads that several
-//                     shares need go to each.
+//                     2309.14509): (P-1)/P (2 + 2 kv/heads) q | the same. A share is whole kv heads
+//                     with their query heads; where there are fewer kv heads than ranks, some of
+//                     the query heads of one, which then goes to each of its ranks.
+//   hybrid            U ranks in a row are a group, within which each gets the group's rows of its
+//                     share of the heads, as by ulysses; then the R = P/U ranks with the same share
+//                     move rows by any schedule above. The bytes of that with R-1 for P-1, and
+//                     (U-1)/U (2 + 2 kv/heads) q. (USP, arXiv 2405.07719; LoongTrain, arXiv
+//                     2406.18485)
 // A ring turns in the direction in which fewer rows travel: to lower ranks for a causal mask and a
 // zigzag layout, which leaves 3/4 of the rows where 2P divides the tokens.
 enum class SequenceKind {
@@ -50,10 +56,22 @@ enum class SequenceKind {
   kKvDirect,
   kAllGather,
   kUlysses,
+  kHybrid,
 };
-constexpr int kSequenceKinds = 8;
+constexpr int kSequenceKinds = 9;
+constexpr int kSequenceRowKinds = 7;  // the first ones, which move rows and all heads of them
 const char* Name(SequenceKind kind);
 SequenceKind ParseSequenceKind(std::string_view name);
+
+// How a pass is done.
+struct SequenceMethod {
+  SequenceKind kind;
+  int group = 1;                                 // of hybrid: the ranks that exchange heads
+  SequenceKind rows = SequenceKind::kTokenRing;  // of hybrid: how rows move between groups
+};
+
+// "kv_ring", "hybrid (2 x 4, kv_ring)" of 8 ranks.
+std::string Describe(const SequenceMethod& method, int ranks);
 
 enum class SequencePass { kForward, kBackward };
 const char* Name(SequencePass pass);
@@ -89,17 +107,20 @@ struct SequenceRows {
 };
 
 struct SequenceAction {
-  static constexpr int kEverybody = -1;
-
   SequenceOp op;
-  SequencePayload payload = {};         // of a message or a merge
-  int peer = -1;                        // of a message: the rank at its other end
-  int owner = -1;                       // of the rows; of a tile's queries, or kEverybody
+  SequencePayload payload = {};  // of a message or a merge
+  int peer = -1;                 // of a message: the rank at its other end
+  // Of the rows, or of a tile's queries: a group, and a rank where heads are exchanged.
+  int owner = -1;
   std::vector<SequenceRows> rows = {};  // of a tile: one
   int key_owner = -1;                   // of a tile
   SequenceRows keys = {};
   int head_begin = 0, head_end = 0;  // query heads; kv heads are those that they need
 
+  bool ExchangesHeads() const {
+    return (op == SequenceOp::kSend || op == SequenceOp::kReceive) &&
+           (payload == SequencePayload::kHeads || payload == SequencePayload::kHeadsResult);
+  }
   bool SameMessage(const SequenceAction& other) const {
     return payload == other.payload && owner == other.owner && rows == other.rows &&
            head_begin == other.head_begin && head_end == other.head_end;
@@ -107,32 +128,45 @@ struct SequenceAction {
 };
 
 struct SequenceSchedule {
-  SequenceKind kind;
+  SequenceMethod method;
   SequencePass pass;
   SequenceLayout layout;
+  SequenceLayout groups;  // the rows of ranks that exchange heads together; of one: as layout
   SequenceMask mask;
   int heads, kv_heads;
   std::vector<std::vector<SequenceAction>> actions;  // by rank
 
+  SequenceKind kind() const { return method.kind; }
   int ranks() const { return layout.ranks(); }
-  TokenRange Range(int owner, const SequenceRows& rows) const {
-    return layout.ranges(owner)[static_cast<size_t>(rows.range)].Part(rows.first, rows.count);
+  // Ranks of a group; rank r is the r % per_group()-th of group r / per_group().
+  int per_group() const { return layout.ranks() / groups.ranks(); }
+  int GroupOf(int rank) const { return rank / per_group(); }
+  // How rows move between groups.
+  SequenceKind rows_kind() const { return kind() == SequenceKind::kHybrid ? method.rows : kind(); }
+  // Of a group's rows.
+  TokenRange Range(int group, const SequenceRows& rows) const {
+    return groups.ranges(group)[static_cast<size_t>(rows.range)].Part(rows.first, rows.count);
   }
-  // Tiles are of all heads, or of a share of them whose kv heads may be shared.
+  struct Heads {
+    int begin, end;
+    bool empty() const { return begin >= end; }
+  };
+  // The query heads that a rank works on. They have as many kv heads each, or one.
+  Heads Share(int rank) const;
   int KvBegin(int head) const { return head / (heads / kv_heads); }
   int KvEnd(int head_end) const { return (head_end + heads / kv_heads - 1) / (heads / kv_heads); }
-  // Whether dK and dV of some kv head come from several shares of the heads (ulysses).
+  // Whether dK and dV of some kv head come from several shares of the heads.
   bool SharesKvHeads() const;
 };
 
-SequenceSchedule MakeSequenceSchedule(SequenceKind kind, SequencePass pass,
+SequenceSchedule MakeSequenceSchedule(const SequenceMethod& method, SequencePass pass,
                                       const SequenceLayout& layout, const SequenceMask& mask,
                                       int heads, int kv_heads);
 
 // What turns rows into bytes.
 struct SequenceWidths {
   int64_t batch = 1, head_dim = 64;
-  int64_t element = 2;  // bytes of q, k, v, dO and of ulysses' results
+  int64_t element = 2;  // bytes of q, k, v, dO and of results of exchanged heads
   int64_t partial = 2;  // of O on its way to be merged by its owner
   int64_t sum = 4;      // of lse, delta, dQ, dK, dV, and of O that is merged on its way
 };
@@ -140,7 +174,8 @@ struct SequenceWidths {
 // In the order in which they lie in a message: wide ones first, so that all are aligned.
 std::vector<SequenceTag> TagsOf(SequencePayload payload, SequencePass pass);
 // Bytes of one element of `tag` on the wire.
-int64_t WidthOf(const SequenceSchedule& schedule, SequenceTag tag, const SequenceWidths& widths);
+int64_t WidthOf(const SequenceSchedule& schedule, SequencePayload payload, SequenceTag tag,
+                const SequenceWidths& widths);
 // Elements of a message: of a row, and bytes in all.
 int64_t RowElements(const SequenceSchedule& schedule, const SequenceAction& message,
                     SequenceTag tag, int64_t head_dim);
@@ -174,8 +209,9 @@ std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
 
 // Throws an Error that names rank and action unless all messages are received in the order in which
 // they are sent, the ranks come to an end (strictly), no tile uses rows that are not there, every
-// visible pair of query and key is in one tile, and each tile's share comes into its owner's result
-// and gradients once.
+// visible pair of query and key is in one tile of every share of the heads, each tile's share comes
+// into its owner's result and gradients once, and heads are exchanged before and after all that,
+// each rank's rows once with every rank of its group.
 void CheckSequenceSchedule(const SequenceSchedule& schedule);
 
 std::string ActionText(const SequenceAction& action);

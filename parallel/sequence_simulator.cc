@@ -16,12 +16,8 @@ double Products(SequencePass pass) { return pass == SequencePass::kForward ? 2 :
 // Documents may leave a tile less to do.
 double TileSeconds(const SequenceSchedule& s, const SequenceAction& a, const SequenceWidths& widths,
                    const SequenceMachine& machine) {
-  const int64_t tokens = s.layout.tokens();
-  const TokenRange all{0, tokens, 1, 0};
   const int64_t pairs =
-      a.owner == SequenceAction::kEverybody
-          ? VisiblePairs(all, all, s.mask)
-          : VisiblePairs(s.Range(a.owner, a.rows[0]), s.Range(a.key_owner, a.keys), s.mask);
+      VisiblePairs(s.Range(a.owner, a.rows[0]), s.Range(a.key_owner, a.keys), s.mask);
   return 2 * Products(s.pass) * static_cast<double>(pairs) *
          static_cast<double>(widths.batch * (a.head_end - a.head_begin) * widths.head_dim) /
          machine.flops;
@@ -55,7 +51,7 @@ class Simulator {
     }
     for (size_t r = 0; r < next_.size(); ++r)
       SHOAL_CHECK(next_[r] == s_.actions[r].size(), "sequence", "{}: rank {} waits for ever",
-                  Name(s_.kind), r);
+                  Name(s_.kind()), r);
     return {*std::ranges::max_element(clock_), *std::ranges::max_element(compute_),
             *std::ranges::max_element(wait_), waits_};
   }
@@ -164,80 +160,116 @@ SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const Sequ
 
 double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
                          const SequenceMachine& machine) {
-  const double p = schedule.ranks();
+  const double p = schedule.groups.ranks(), u = schedule.per_group();
+  if (schedule.ranks() < 2) return -1;
+  // A rank's own part of all rows and heads, in elements of Q; while rows move it has as much, of
+  // the group's rows and 1/U of the heads.
   const auto rows = static_cast<double>(schedule.layout.Rows(0));
-  const double element = static_cast<double>(widths.batch * schedule.heads * widths.head_dim);
-  const double c = 2 * Products(schedule.pass) * rows * rows * element / machine.flops;
+  const double q = rows * static_cast<double>(widths.batch * schedule.heads * widths.head_dim);
+  const double kv = 2 * q * schedule.kv_heads / schedule.heads;
+  const double l = q / static_cast<double>(widths.head_dim);
+  const double c = 2 * Products(schedule.pass) * rows * u * q / machine.flops;
   const bool forward = schedule.pass == SequencePass::kForward;
   const bool mesh = machine.fabric == SequenceFabric::kMesh;
-  const bool at_once = mesh && p <= 4, one_by_one = machine.fabric == SequenceFabric::kPort;
+  const bool one_by_one = machine.fabric == SequenceFabric::kPort;
+  const bool at_once = mesh && p <= 4;
   const auto message = [&](double bytes) { return machine.latency + bytes / machine.bandwidth; };
   const auto e = static_cast<double>(widths.element), f = static_cast<double>(widths.sum);
-  const double q = rows * element, kv = 2 * q * schedule.kv_heads / schedule.heads;
-  const double l = q / static_cast<double>(widths.head_dim);
   const double m_q = message(forward ? q * e : 2 * q * e + 2 * l * f);
   const double m_o = message(forward ? q * static_cast<double>(widths.partial) + l * f : q * f);
-  const double messages = one_by_one ? p - 1 : 1;
-  if (p < 2) return -1;
-  switch (schedule.kind) {
-    case SequenceKind::kKvRingOneWay:
-      return forward ? c + (p - 1) * std::max(c, message(kv * e)) : -1;
-    case SequenceKind::kKvRing:
-      return forward && !one_by_one && p > 2 ? c + (p - 1) * std::max(c, message(kv * e / 2)) : -1;
-    case SequenceKind::kKvDirect:
-      return forward && at_once ? std::max(c, message(kv * e)) + (p - 1) * c : -1;
-    case SequenceKind::kTokenRing:
-      return at_once ? std::max(c / 2, m_q) + (p - 1) * c + std::max(c / 2, m_o) : -1;
-    case SequenceKind::kTokenRingRelay:
-      return mesh ? std::max(c / 2, m_q) + c + (p - 2) * std::max(c, m_q) + std::max(c / 2, m_o)
-                  : -1;
-    case SequenceKind::kAllGather:
-      if (!at_once && !one_by_one) return -1;
-      return messages * (message(kv * e) + (forward ? 0 : message(kv * f))) + p * c;
-    case SequenceKind::kUlysses:
-      // dK and dV of kv heads that shares have in common are parts of sums.
-      if ((!at_once && !one_by_one) || schedule.heads % schedule.ranks() != 0 ||
-          schedule.kv_heads % schedule.ranks() != 0)
-        return -1;
-      return messages * (message((forward ? q + kv : q) * e / p) +
-                         message((forward ? q : q + kv) * e / p)) +
-             p * c;
-    default:
+  double exchange = 0;
+  if (u > 1) {
+    // dK and dV of kv heads that shares have in common are parts of sums.
+    if ((!one_by_one && !(mesh && u <= 4)) || schedule.kv_heads % schedule.per_group() != 0)
       return -1;
+    exchange = (one_by_one ? u - 1 : 1) *
+               (message((forward ? q + kv : q) * e / u) + message((forward ? q : q + kv) * e / u));
   }
+  const auto with_exchange = [&](double seconds) { return exchange + seconds; };
+  switch (schedule.rows_kind()) {
+    case SequenceKind::kKvRingOneWay:
+      if (!forward) break;
+      return with_exchange(c + (p - 1) * std::max(c, message(kv * e)));
+    case SequenceKind::kKvRing:
+      if (!forward || one_by_one || p <= 2) break;
+      return with_exchange(c + (p - 1) * std::max(c, message(kv * e / 2)));
+    case SequenceKind::kKvDirect:
+      if (!forward || !at_once) break;
+      return with_exchange(std::max(c, message(kv * e)) + (p - 1) * c);
+    case SequenceKind::kTokenRing:
+      if (!at_once) break;
+      return with_exchange(std::max(c / 2, m_q) + (p - 1) * c + std::max(c / 2, m_o));
+    case SequenceKind::kTokenRingRelay:
+      if (!mesh) break;
+      return with_exchange(std::max(c / 2, m_q) + c + (p - 2) * std::max(c, m_q) +
+                           std::max(c / 2, m_o));
+    case SequenceKind::kAllGather:
+      if (!at_once && !one_by_one) break;
+      return with_exchange(
+          (one_by_one ? p - 1 : 1) * (message(kv * e) + (forward ? 0 : message(kv * f))) + p * c);
+    case SequenceKind::kUlysses:
+      return with_exchange(c);
+    default:
+      break;
+  }
+  return -1;
+}
+
+std::vector<int> SequenceGroupSizes(int ranks) {
+  std::vector<int> sizes;
+  for (int n = 1; n <= ranks; ++n)
+    if (ranks % n == 0) sizes.push_back(n);
+  return sizes;
 }
 
 SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
                               int kv_heads, const SequenceWidths& widths,
-                              const SequenceMachine& machine) {
-  constexpr double kNever = std::numeric_limits<double>::infinity();
+                              const SequenceMachine& machine, std::span<const int> groups) {
   struct Best {
-    SequenceKind kind = SequenceKind::kTokenRing;
-    double seconds = kNever;
+    SequenceMethod method;
+    double seconds = std::numeric_limits<double>::infinity();
   };
-  std::array<Best, 2> rows;  // by pass
-  std::array<double, 2> ulysses = {};
+  using Passes = std::array<Best, 2>;
   std::array<std::string, 2> all;
-  for (size_t pass = 0; pass < 2; ++pass)
-    for (int k = 0; k < kSequenceKinds; ++k) {
-      const auto kind = static_cast<SequenceKind>(k);
+  // Of hybrids of one size the reason names the best.
+  const auto best = [&](SequencePass pass, std::span<const SequenceMethod> methods) {
+    std::string& text = all[static_cast<size_t>(pass)];
+    const auto tell = [&](const Best& tried) {
+      text += fmt::format("{}{} {:.3g}", text.empty() ? "" : ", ",
+                          Describe(tried.method, layout.ranks()), tried.seconds * 1e3);
+    };
+    Best least{methods[0]};
+    for (const SequenceMethod& method : methods) {
       const double seconds =
-          SimulateSequence(MakeSequenceSchedule(kind, static_cast<SequencePass>(pass), layout, mask,
-                                                heads, kv_heads),
+          SimulateSequence(MakeSequenceSchedule(method, pass, layout, mask, heads, kv_heads),
                            widths, machine)
               .seconds;
-      all[pass] += fmt::format("{}{} {:.3g}", k > 0 ? ", " : "", Name(kind), seconds * 1e3);
-      if (kind == SequenceKind::kUlysses)
-        ulysses[pass] = seconds;
-      else if (seconds < rows[pass].seconds)
-        rows[pass] = {kind, seconds};
+      if (seconds < least.seconds) least = {method, seconds};
+      if (method.kind != SequenceKind::kHybrid) tell({method, seconds});
     }
-  SequenceChoice choice{rows[0].kind, rows[1].kind, "", rows[0].seconds, rows[1].seconds};
-  if (ulysses[0] + ulysses[1] < rows[0].seconds + rows[1].seconds)
-    choice = {SequenceKind::kUlysses, SequenceKind::kUlysses, "", ulysses[0], ulysses[1]};
-  choice.reason = fmt::format("least milliseconds on a {} fabric: forward {}; backward {}",
-                              Name(machine.fabric), all[0], all[1]);
-  return choice;
+    if (least.method.kind == SequenceKind::kHybrid) tell(least);
+    return least;
+  };
+  const auto sum = [](const Passes& passes) { return passes[0].seconds + passes[1].seconds; };
+  Passes least;
+  for (const int group : groups) {
+    std::vector<SequenceMethod> methods;
+    for (int k = 0; k < kSequenceRowKinds; ++k) {
+      const auto rows = static_cast<SequenceKind>(k);
+      if (group == 1)
+        methods.push_back({rows});
+      else if (group < layout.ranks())
+        methods.push_back({SequenceKind::kHybrid, group, rows});
+    }
+    if (methods.empty()) methods.push_back({SequenceKind::kUlysses});
+    const Passes passes = {best(SequencePass::kForward, methods),
+                           best(SequencePass::kBackward, methods)};
+    if (sum(passes) < sum(least)) least = passes;
+  }
+  return {least[0].method, least[1].method,
+          fmt::format("least milliseconds on a {} fabric: forward {}; backward {}",
+                      Name(machine.fabric), all[0], all[1]),
+          least[0].seconds, least[1].seconds};
 }
 
 }  // namespace shoal

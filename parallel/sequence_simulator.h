@@ -10,6 +10,7 @@
 //   port  each rank has one way out and one way in, between which a switch loses no time
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -46,20 +47,24 @@ SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const Sequ
 //   kv_direct          forward: mesh, P <= 4: max(C, M_kv) + (P-1) C
 //   all_gather         M_kv + P C + M_dkv, the last backward only; mesh, P <= 4
 //   ulysses            M_in + P C + M_out; mesh, P <= 4
-// On a port the last two have P-1 messages one after the other, for any P. Negative where there is
-// no form.
+//   hybrid             M_in + the form of its rows among R ranks, C of the group's rows and 1/U of
+//                      the heads + M_out; U as P of ulysses
+// On a port the exchanges of the last three have P-1 or U-1 messages one after the other, for any
+// P. Negative where there is no form.
 double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
                          const SequenceMachine& machine);
 
 struct SequenceChoice {
-  SequenceKind forward, backward;
+  SequenceMethod forward, backward;
   std::string reason;
   double forward_seconds = 0, backward_seconds = 0;
 };
-// What takes the least simulated time. Ulysses keeps other things for its backward than the rest
-// do, so it is chosen for both passes or for none.
+// What takes the least simulated time of groups of these sizes: 1 is all that moves rows, P
+// ulysses, and others hybrid. What a forward keeps for its backward are a group's rows, so both
+// passes have groups of the same size. `groups` is not empty.
 SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
                               int kv_heads, const SequenceWidths& widths,
-                              const SequenceMachine& machine);
+                              const SequenceMachine& machine, std::span<const int> groups);
+std::vector<int> SequenceGroupSizes(int ranks);  // all: the divisors, in ascending order
 
 }  // namespace shoal

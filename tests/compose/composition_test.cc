@@ -60,6 +60,11 @@ const std::vector<Feature>& Features() {
          c.recipe.cp = 2;
          c.recipe.attention = SequenceKind::kUlysses;
        }},
+      {"hybrid attention",
+       [](Cell& c) {
+         c.recipe.cp = 4;
+         c.recipe.attention = SequenceKind::kHybrid;
+       }},
       {"pipeline",
        [](Cell& c) {
          c.recipe.pp = 2;
@@ -138,7 +143,7 @@ TEST(Composition, IsAsDocumented) {
          "batch at once. `=` means equal\n"
          "to 1e-10 relative. The diagonal is a feature alone; dp is three ranks, tp two, token "
          "ring "
-         "and ulysses attention over two, pipeline "
+         "and ulysses attention over two, hybrid attention over two groups of two, pipeline "
          "two "
          "stages\nunder 1f1b and zb_v four, with three micro-batches, zero N is "
          "its stage on three,\nhybrid two groups of two ranks, offload the optimizer's states in a "

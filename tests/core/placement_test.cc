@@ -142,6 +142,8 @@ TEST(Placement, ALossIsTheSameOnAllRanksOrASumsPart) {
 TEST(Placement, AnAmbiguousReshapeVaries) {
   const Tensor rows = Value({1, 6}, Sharded(1));
   EXPECT_EQ(ops::Reshape(rows, {1, 1, 2, 3}).placement()[kTp].kind, Kind::kVarying);
+  EXPECT_EQ(ops::Reshape(Value({4, 1, 6}, Sharded(1)), {4, 6}).placement()[kTp].kind,
+            Kind::kVarying);
   EXPECT_EQ(ops::Reshape(Value({4, 6}, Sharded(1)), {2, 2, 2, 3}).placement()[kTp], Sharded(2));
   EXPECT_EQ(ops::Reshape(Value({2, 2, 6}, Sharded(2)), {4, 6}).placement()[kTp], Sharded(1));
 }

@@ -40,6 +40,23 @@ TEST(ConfigBatch, SaysWhatWouldDo) {
   EXPECT_THAT(batch(1, {"mesh.tp=2"}), HasSubstr("start 2 ranks"));
 }
 
+TEST(ConfigBatch, HybridAttentionNeedsGroups) {
+  const auto said = [](int64_t cp, std::vector<std::string> more) {
+    more.push_back("mesh.cp=" + std::to_string(cp));
+    return Mistake([&] { CheckBatch(Minimal(more), cp); });
+  };
+  const std::string hybrid = "sequence.schedule=hybrid";
+  EXPECT_EQ(said(4, {hybrid}), "");
+  EXPECT_EQ(said(12, {hybrid, "sequence.ulysses=6"}), "");
+  EXPECT_THAT(said(8, {hybrid, "sequence.ulysses=3"}), HasSubstr("set it to one of 2, 4"));
+  EXPECT_THAT(said(8, {hybrid, "sequence.ulysses=8"}), HasSubstr("set it to one of 2, 4"));
+  for (const int64_t cp : {1, 2, 3, 5})
+    EXPECT_THAT(said(cp, {hybrid}), HasSubstr("set mesh.cp to 4, 6, 8"));
+  EXPECT_THAT(said(4, {"sequence.ulysses=2"}), HasSubstr("not of \"auto\""));
+  EXPECT_THAT(said(4, {"sequence.ulysses=2", "sequence.schedule=ulysses"}),
+              HasSubstr("set the schedule to \"hybrid\""));
+}
+
 TEST(ConfigBatch, EveryAdviceWorks) {
   for (int64_t sequences = 1; sequences <= 13; ++sequences)
     for (int64_t micro = 1; micro <= 9; ++micro)
@@ -138,7 +155,7 @@ TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
 
 TEST(ConfigSupported, NamesTheKey) {
   EXPECT_EQ(Mistake([] { CheckSupported(Minimal()); }), "");
-  for (const char* text : {"mesh.ep=2", "sequence.schedule=hybrid", "method.name=lora"}) {
+  for (const char* text : {"mesh.ep=2", "method.name=lora"}) {
     const Config c = Minimal({text});
     const std::string key = std::string(text).substr(0, std::string(text).find('='));
     EXPECT_THAT(Mistake([&] { CheckSupported(c); }), HasSubstr(key));

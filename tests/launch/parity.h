@@ -38,6 +38,7 @@ struct Recipe {
   bool recompute = false, selective = false, partition_activations = false;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
+  int ulysses = 0;  // of hybrid
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   std::string schedule = "1f1b";
 };
@@ -111,6 +112,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.seed = 5;
   options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp, .cp = recipe.cp};
   options.sequence.schedule = recipe.attention;
+  options.sequence.ulysses = recipe.ulysses;
   options.sequence.layout = recipe.layout;
   options.sequence.tokens = recipe.length;
   options.virtual_stages = recipe.virtual_stages;

@@ -32,14 +32,20 @@ TEST_P(ParityAttention, Fp64) {
   }
 }
 
+constexpr int kHybrid = static_cast<int>(SequenceKind::kHybrid);
 INSTANTIATE_TEST_SUITE_P(Some, ParityAttention,
                          ::testing::Combine(::testing::Values("llama-gqa-tied"),
-                                            ::testing::Range(0, kSequenceKinds),
-                                            ::testing::Values(3)));
+                                            ::testing::Range(0, kHybrid), ::testing::Values(3)));
+INSTANTIATE_TEST_SUITE_P(SomeHybrid, ParityAttention,
+                         ::testing::Values(std::tuple("llama-gqa-tied", kHybrid, 4)));
 INSTANTIATE_TEST_SUITE_P(LongAll, ParityAttention,
                          ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
-                                            ::testing::Range(0, kSequenceKinds),
+                                            ::testing::Range(0, kHybrid),
                                             ::testing::Values(2, 3, 4, 5)));
+INSTANTIATE_TEST_SUITE_P(LongHybrid, ParityAttention,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(kHybrid),
+                                            ::testing::Values(4, 6, 8, 9)));
 
 // With everything else: ZeRO over dp x cp, tensor and pipeline parallelism, recomputation,
 // documents.
@@ -73,31 +79,85 @@ TEST(ParityAttentionBeside, EverythingElse) {
   }
 }
 
+// By a zigzag the third of four ranks has none of five tokens, and yet works on its heads.
+TEST(ParityAttentionBeside, ARankWithoutTokens) {
+  ASSERT_EQ(SequenceLayout(SequenceLayoutKind::kZigzag, 5, 4).Rows(2), 0);
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 5, .steps = 3, .documents = true};
+  const Outcome one = OneRank(recipe);
+  recipe.cp = 4;
+  for (const SequenceKind kind :
+       {SequenceKind::kTokenRing, SequenceKind::kUlysses, SequenceKind::kHybrid}) {
+    recipe.attention = kind;
+    Check(recipe, one, 4, 3);
+  }
+}
+
+// Heads exchanged in pairs of ranks, which have 3 heads and one kv head under tp 2.
+TEST(ParityAttentionBeside, HybridWithZeroTensorAndPipelineRanks) {
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
+  recipe.layers = 4;
+  const Outcome one = OneRank(recipe);
+  recipe.attention = SequenceKind::kHybrid;
+  recipe.cp = 4;
+  recipe.zero_stage = 3;
+  recipe.recompute = true;
+  Check(recipe, one, 4, 3);
+  recipe.tp = 2;
+  Check(recipe, one, 8, 3);
+  recipe.tp = 1;
+  recipe.pp = 2;
+  recipe.schedule = "zb_h1";
+  Check(recipe, one, 8, 3);
+  recipe.recompute = false;
+  recipe.zero_stage = 1;
+  Check(recipe, one, 8, 3);
+}
+
+TEST(LongParityAttentionBeside, HybridOfAllSizesOnSixteenRanks) {
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
+  recipe.layers = 4;
+  const Outcome one = OneRank(recipe);
+  recipe.attention = SequenceKind::kHybrid;
+  recipe.zero_stage = 3;
+  for (const auto& [cp, ulysses] : {std::pair{8, 2}, {8, 4}, {4, 2}}) {
+    recipe.cp = cp;
+    recipe.ulysses = ulysses;
+    recipe.tp = 2;
+    recipe.pp = 8 / cp;
+    for (const bool recompute : {false, true}) {
+      recipe.recompute = recompute;
+      recipe.sequence_parallel = !recompute;
+      Check(recipe, one, 16, 3);
+    }
+  }
+}
+
 // The planner's ranks send what real ranks send, and a replay sends nothing.
 TEST(AttentionBytes, MetaRanksSendWhatRealRanksSend) {
   for (int kind = 0; kind < kSequenceKinds; ++kind) {
-    Recipe recipe = {.dtype = DType::kF32, .length = 13, .cp = 3};
+    const int cp = kind == kHybrid ? 4 : 3;
+    Recipe recipe = {.dtype = DType::kF32, .length = 13, .cp = cp};
     recipe.attention = static_cast<SequenceKind>(kind);
-    std::array<int64_t, 3> sent = {}, again = {};
+    std::array<int64_t, 4> sent = {}, again = {};
     for (const bool recompute : {false, true}) {
       recipe.recompute = recompute;
-      RunThreadRanks(3, 1, [&](Communicator& c) {
+      RunThreadRanks(cp, 1, [&](Communicator& c) {
         TrainingStep step(Options(recipe), c);
         step.Run(Batches(recipe, step, 0, 3, InOrder()), recipe.lr);
         (recompute ? again : sent)[static_cast<size_t>(c.rank())] = step.wire_bytes(MeshAxis::kCp);
       });
     }
     EXPECT_EQ(sent, again) << Name(*recipe.attention);
-    for (int r = 0; r < 3; ++r) {
+    for (int r = 0; r < cp; ++r) {
       ExecutionContext context(Device{DeviceType::kMeta});
       const ContextScope scope(context);
-      const auto meta = MakeMetaCommunicator(r, 3);
+      const auto meta = MakeMetaCommunicator(r, cp);
       TrainingStep step(Options(recipe), *meta);
       step.Run(Batches(recipe, step, 0, 3, InOrder()), recipe.lr);
       EXPECT_EQ(step.wire_bytes(MeshAxis::kCp), sent[static_cast<size_t>(r)])
           << Name(*recipe.attention);
     }
-    EXPECT_GT(sent[0] + sent[1] + sent[2], 0);
+    EXPECT_GT(std::accumulate(sent.begin(), sent.end(), int64_t{0}), 0);
   }
 }
 

@@ -24,12 +24,12 @@ TEST_P(SequenceExactness, EqualsOneRank) {
   const int ranks = GetParam();
   const std::vector<int64_t> lengths = Lengths(ranks);
   int turn = ranks;
-  for (int kind = 0; kind < kSequenceKinds; ++kind)
+  for (const Kind kind : KindsOf(ranks))
     for (const Layout layout : kLayouts)
       for (const Mask mask : kMasks) {
         ++turn;
         const auto [heads, kv] = kHeads[turn % 4];
-        const Case c{static_cast<Kind>(kind),
+        const Case c{kind,
                      layout,
                      mask,
                      lengths[static_cast<size_t>(turn) % 5],
@@ -45,9 +45,8 @@ TEST_P(SequenceExactness, EqualsOneRank) {
 TEST_P(SequenceExactness, LogitsOfTenThousand) {
   const int ranks = GetParam();
   int turn = 0;
-  for (int kind = 0; kind < kSequenceKinds; ++kind) {
-    const Case c{
-        static_cast<Kind>(kind), kLayouts[turn % 3], kMasks[turn % 2], 97, 6, 3, 16, 1, 1e4};
+  for (const Kind kind : KindsOf(ranks)) {
+    const Case c{kind, kLayouts[turn % 3], kMasks[turn % 2], 97, 6, 3, 16, 1, 1e4};
     ++turn;
     EXPECT_LE(RunCase(c, ranks).Worst(), 1e-10) << c.Text(ranks);
   }
@@ -69,8 +68,8 @@ TEST(SequencePasses, MayDiffer) {
 }
 
 TEST(SequencePasses, SingleAndHalfPrecision) {
-  for (int kind = 0; kind < kSequenceKinds; ++kind) {
-    Case c{static_cast<Kind>(kind), Layout::kZigzag, Mask::kPacked, 61, 6, 3, 64, 2};
+  for (const Kind kind : KindsOf(4)) {
+    Case c{kind, Layout::kZigzag, Mask::kPacked, 61, 6, 3, 64, 2};
     c.dtype = DType::kF32;
     EXPECT_LE(RunCase(c, 4).Worst(), 1e-6) << c.Text(4);
     c.dtype = DType::kBF16;
@@ -124,10 +123,10 @@ TEST(Mpi, SequenceAttention) {
   const auto ranks = MakeMpiCommunicator();
   SetThreadRank(ranks->rank());
   std::mt19937 random(static_cast<uint32_t>(ranks->rank()));
-  for (int kind = 0; kind < kSequenceKinds; ++kind)
+  for (const Kind kind : KindsOf(ranks->size()))
     for (const Layout layout : kLayouts)
       for (const Mask mask : kMasks) {
-        const Case c{static_cast<Kind>(kind), layout, mask, 61, 8, 2, 64, 2};
+        const Case c{kind, layout, mask, 61, 8, 2, 64, 2};
         Errors errors;
         std::mutex mutex;
         std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
@@ -140,15 +139,14 @@ class LongSequenceExactness : public ::testing::TestWithParam<int> {};
 
 TEST_P(LongSequenceExactness, EqualsOneRank) {
   const int ranks = GetParam();
-  for (int kind = 0; kind < kSequenceKinds; ++kind)
+  for (const Kind kind : KindsOf(ranks))
     for (const Layout layout : kLayouts)
       for (const Mask mask : kMasks)
         for (const auto& [heads, kv] : kHeads)
           for (const int64_t head_dim : kHeadDims)
             for (const int64_t batch : {1, 3})
               for (const int64_t tokens : Lengths(ranks)) {
-                const Case c{
-                    static_cast<Kind>(kind), layout, mask, tokens, heads, kv, head_dim, batch};
+                const Case c{kind, layout, mask, tokens, heads, kv, head_dim, batch};
                 ASSERT_LE(RunCase(c, ranks).Worst(), 1e-12) << c.Text(ranks);
               }
 }

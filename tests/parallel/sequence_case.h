@@ -22,6 +22,15 @@ constexpr Layout kLayouts[] = {Layout::kContiguous, Layout::kZigzag, Layout::kSt
 constexpr std::pair<int64_t, int64_t> kHeads[] = {{8, 8}, {8, 2}, {8, 1}, {6, 3}};
 constexpr int64_t kHeadDims[] = {16, 64, 80};
 
+// That these ranks can be in: groups of a hybrid have equal sizes.
+inline std::vector<Kind> KindsOf(int ranks) {
+  std::vector<Kind> kinds;
+  for (int k = 0; k < kSequenceKinds; ++k)
+    if (static_cast<Kind>(k) != Kind::kHybrid || SequenceGroupSizes(ranks).size() > 2)
+      kinds.push_back(static_cast<Kind>(k));
+  return kinds;
+}
+
 struct Case {
   Kind kind;
   Layout layout;
@@ -31,13 +40,14 @@ struct Case {
   std::optional<Kind> backward = {};
   DType dtype = DType::kF64;
   bool wide_results = true;
+  int ulysses = 0;
 
   bool causal() const { return mask != Mask::kFull; }
   int64_t window() const { return mask == Mask::kWindow ? 1 + tokens / 5 : 0; }
   std::string Text(int ranks) const {
-    return fmt::format("P {} {} {} mask {} S {} heads {}/{} H {} B {}", ranks, Name(kind),
-                       Name(layout), static_cast<int>(mask), tokens, heads, kv_heads, head_dim,
-                       batch);
+    return fmt::format("P {} {} {} {} mask {} S {} heads {}/{} H {} B {}", ranks, Name(kind),
+                       ulysses, Name(layout), static_cast<int>(mask), tokens, heads, kv_heads,
+                       head_dim, batch);
   }
 };
 
@@ -138,6 +148,7 @@ inline void RunRank(const Case& c, const Whole& w, Communicator& ranks, Errors& 
   SequenceOptions options;
   options.schedule = c.kind;
   options.backward = c.backward;
+  options.ulysses = c.ulysses;
   options.layout = c.layout;
   options.causal = c.causal();
   options.window = c.window();

@@ -95,9 +95,9 @@ TEST(SequenceInModules, RefusesWhatItCannotDo) {
 // What the planner counts on the meta device is what real ranks send.
 TEST(SequenceInModules, MetaRanksCountWhatRealRanksSend) {
   constexpr int64_t kTokens = 40;
-  for (int kind = 0; kind < kSequenceKinds; ++kind) {
+  for (const Kind kind : KindsOf(4)) {
     SequenceOptions options;
-    options.schedule = static_cast<Kind>(kind);
+    options.schedule = kind;
     options.tokens = kTokens;
     std::vector<int64_t> sent(4);
     const auto run = [&](Communicator& ranks) {
@@ -161,9 +161,9 @@ TEST(SequenceInModules, RandomDelays) {
   RunThreadRanks(4, 1, [](Communicator& ranks) {
     std::mt19937 random(static_cast<uint32_t>(ranks.rank()));
     std::vector<std::unique_ptr<SequenceAttention>> layers;
-    for (int kind = 0; kind < kSequenceKinds; ++kind) {
+    for (const Kind kind : KindsOf(4)) {
       SequenceOptions options;
-      options.schedule = static_cast<Kind>(kind);
+      options.schedule = kind;
       layers.push_back(
           std::make_unique<SequenceAttention>(std::make_shared<SequenceGroup>(options, ranks)));
     }

@@ -12,6 +12,7 @@ namespace {
 
 using Kind = SequenceKind;
 
+constexpr int kHybrid = static_cast<int>(Kind::kHybrid);  // see sequence_hybrid_test.cc
 constexpr SequenceFabric kFabrics[] = {SequenceFabric::kRing, SequenceFabric::kMesh,
                                        SequenceFabric::kPort};
 constexpr SequencePass kPasses[] = {SequencePass::kForward, SequencePass::kBackward};
@@ -23,13 +24,14 @@ struct Shape {
   SequenceWidths widths = {.batch = 1, .head_dim = 128};
   int64_t rows = 1024;  // per rank
 
-  SequenceSchedule Make(Kind kind, SequencePass pass) const {
+  SequenceSchedule Make(const SequenceMethod& method, SequencePass pass) const {
     const auto layout = causal ? SequenceLayoutKind::kZigzag : SequenceLayoutKind::kContiguous;
-    return MakeSequenceSchedule(kind, pass, SequenceLayout(layout, rows * ranks, ranks),
+    return MakeSequenceSchedule(method, pass, SequenceLayout(layout, rows * ranks, ranks),
                                 {.causal = causal}, heads, kv_heads);
   }
-  SequenceSimulation Simulate(Kind kind, SequencePass pass, const SequenceMachine& machine) const {
-    return SimulateSequence(Make(kind, pass), widths, machine);
+  SequenceSimulation Simulate(const SequenceMethod& method, SequencePass pass,
+                              const SequenceMachine& machine) const {
+    return SimulateSequence(Make(method, pass), widths, machine);
   }
 };
 
@@ -38,6 +40,7 @@ SequenceMachine Machine(SequenceFabric fabric, double flops, double latency = 0)
   return {fabric, flops, 1e9, latency};
 }
 constexpr double kNoCompute = 1e30;
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 TEST(SequenceSimulator, FollowsTheTimeModel) {
   int compared = 0;
@@ -47,16 +50,16 @@ TEST(SequenceSimulator, FollowsTheTimeModel) {
         for (const double flops : {1e9, 1e11, 1e12, 3e12, 1e13, kNoCompute})
           for (const double latency : {0.0, 1e-4})
             for (const SequencePass pass : kPasses)
-              for (int kind = 0; kind < kSequenceKinds; ++kind) {
+              for (int kind = 0; kind < kHybrid; ++kind) {
                 const Shape s{.ranks = ranks, .heads = heads, .kv_heads = kv};
                 const SequenceMachine machine = Machine(fabric, flops, latency);
-                const SequenceSchedule schedule = s.Make(static_cast<Kind>(kind), pass);
+                const SequenceSchedule schedule = s.Make({static_cast<Kind>(kind)}, pass);
                 const double model = SequenceTimeModel(schedule, s.widths, machine);
                 if (model < 0) continue;
                 ++compared;
                 EXPECT_NEAR(SimulateSequence(schedule, s.widths, machine).seconds, model,
                             0.01 * model)
-                    << Name(schedule.kind) << " " << Name(pass) << " " << Name(fabric) << " P "
+                    << Name(schedule.kind()) << " " << Name(pass) << " " << Name(fabric) << " P "
                     << ranks << " heads " << heads << "/" << kv << " flops " << flops << " latency "
                     << latency;
               }
@@ -70,8 +73,8 @@ double Ratio(Kind kind, SequencePass pass, SequenceFabric fabric, int64_t elemen
   s.widths.element = element;
   s.widths.partial = partial;
   const SequenceMachine machine = Machine(fabric, kNoCompute);
-  return s.Simulate(kind, pass, machine).seconds /
-         s.Simulate(Kind::kKvRingOneWay, pass, machine).seconds;
+  return s.Simulate({kind}, pass, machine).seconds /
+         s.Simulate({Kind::kKvRingOneWay}, pass, machine).seconds;
 }
 
 // lse, which the round numbers leave out, is 1.6 % of Q.
@@ -113,7 +116,8 @@ TEST(SequenceSimulator, NothingIsExposedWhereComputeCoversIt) {
       for (const Kind kind : {Kind::kTokenRing, Kind::kTokenRingRelay, Kind::kTokenRingLagged,
                               Kind::kKvRing, Kind::kKvDirect}) {
         const Shape s{.causal = causal};
-        const SequenceSimulation sim = s.Simulate(kind, pass, Machine(SequenceFabric::kMesh, 1e11));
+        const SequenceSimulation sim =
+            s.Simulate({kind}, pass, Machine(SequenceFabric::kMesh, 1e11));
         EXPECT_EQ(sim.waits, 0) << Name(kind) << " " << Name(pass) << (causal ? " causal" : "");
         EXPECT_EQ(sim.exposed, 0);
         EXPECT_DOUBLE_EQ(sim.seconds, sim.compute);
@@ -124,7 +128,7 @@ TEST(SequenceSimulator, NothingIsExposedWhereComputeCoversIt) {
 TEST(SequenceSimulator, ZigzagIsBalanced) {
   const Shape s{.ranks = 8, .causal = true};
   const SequenceSimulation sim =
-      s.Simulate(Kind::kTokenRing, SequencePass::kForward, Machine(SequenceFabric::kMesh, 1e9));
+      s.Simulate({Kind::kTokenRing}, SequencePass::kForward, Machine(SequenceFabric::kMesh, 1e9));
   const double tokens = 8.0 * 1024, all = 4 * tokens * (tokens + 1) / 2 * 8 * 128 / 1e9;
   EXPECT_NEAR(sim.compute, all / 8, 1e-9 * all);
 }
@@ -138,29 +142,32 @@ TEST(SequenceChoice, IsWithinFivePercentOfTheBest) {
             Shape s{.ranks = ranks, .heads = 32, .kv_heads = kv_heads, .causal = causal};
             s.widths.partial = 4;
             const SequenceMachine machine = Machine(fabric, flops, 5e-6);
-            const SequenceSchedule any = s.Make(Kind::kUlysses, SequencePass::kForward);
+            const SequenceSchedule any = s.Make({Kind::kUlysses}, SequencePass::kForward);
             const SequenceChoice choice =
-                ChooseSequence(any.layout, any.mask, s.heads, s.kv_heads, s.widths, machine);
-            const double chosen[] = {choice.forward_seconds, choice.backward_seconds};
-            // A pass's best among those that go with the other pass; and of both passes together.
-            const auto seconds = [&](Kind kind, SequencePass pass) {
-              return s.Simulate(kind, pass, machine).seconds;
-            };
-            const auto best = [&](SequencePass pass) {
-              double least = std::numeric_limits<double>::infinity();
-              for (int k = 0; k < kSequenceKinds; ++k)
-                if (static_cast<Kind>(k) != Kind::kUlysses)
-                  least = std::min(least, seconds(static_cast<Kind>(k), pass));
+                ChooseSequence(any.layout, any.mask, s.heads, s.kv_heads, s.widths, machine,
+                               SequenceGroupSizes(ranks));
+            // Both passes together, whose groups are of one size; each pass has the best of them.
+            const auto best = [&](int group, SequencePass pass) {
+              double least = kNever;
+              for (int k = 0; k < kSequenceRowKinds; ++k) {
+                const auto rows = static_cast<Kind>(k);
+                const SequenceMethod method = group == 1 ? SequenceMethod{rows}
+                                              : group == ranks
+                                                  ? SequenceMethod{Kind::kUlysses}
+                                                  : SequenceMethod{Kind::kHybrid, group, rows};
+                least = std::min(least, s.Simulate(method, pass, machine).seconds);
+              }
               return least;
             };
-            const double rows = best(kPasses[0]) + best(kPasses[1]);
-            const double heads =
-                seconds(Kind::kUlysses, kPasses[0]) + seconds(Kind::kUlysses, kPasses[1]);
-            EXPECT_LE(chosen[0] + chosen[1], 1.05 * std::min(rows, heads)) << choice.reason;
-            for (const SequencePass pass : kPasses)
-              if (choice.forward != Kind::kUlysses) {
-                EXPECT_LE(chosen[static_cast<size_t>(pass)], 1.05 * best(pass)) << choice.reason;
-              }
+            double least = kNever;
+            for (const int group : SequenceGroupSizes(ranks))
+              least = std::min(least, best(group, kPasses[0]) + best(group, kPasses[1]));
+            EXPECT_LE(choice.forward_seconds + choice.backward_seconds, 1.05 * least)
+                << choice.reason;
+            const int group = s.Make(choice.forward, kPasses[0]).per_group();
+            EXPECT_EQ(s.Make(choice.backward, kPasses[1]).per_group(), group);
+            EXPECT_LE(choice.forward_seconds, 1.05 * best(group, kPasses[0])) << choice.reason;
+            EXPECT_LE(choice.backward_seconds, 1.05 * best(group, kPasses[1])) << choice.reason;
           }
 }
 
