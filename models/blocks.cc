@@ -38,6 +38,7 @@ Attention::Attention(const ModelConfig& config, int layer, Options options)
 }
 
 Tensor Attention::Forward(const Tensor& x, const SequenceInfo& info) {
+  const OriginScope here(path());
   // Not those of x: the rows of some of the tokens may be elsewhere.
   const int64_t b = info.positions.dim(0), t = info.positions.dim(1);
   const Dims heads = {b, t, -1, head_dim_};

@@ -110,8 +110,13 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
   }
   for (Bucket& bucket : buckets_) {
     CutShare(bucket);
-    if (three)
+    const std::string &last = bucket.parameters.front()->name(),
+                      &first = bucket.parameters.back()->name();
+    bucket.name = Intern(first == last ? first : first + " .. " + last);
+    if (three) {
+      const OriginScope here({bucket.name, "share"});
       bucket.values = Tensor::Empty({bucket.share}, options_.compute, MemoryClass::kParameters);
+    }
     for (size_t i = 0; i < bucket.parameters.size(); ++i) {
       Parameter& p = *bucket.parameters[i];
       p.Materialize(options_.compute,
@@ -195,11 +200,14 @@ void ZeroOptimizer::MakeStates(Bucket& bucket) const {
   std::optional<ContextScope> in_file;
   if (file_ != nullptr) in_file.emplace(file_->context());
   const DType wide = AccumulatorDType(options_.compute);
+  const OriginScope here(bucket.name);
   if (options_.compute != wide) {
+    const OriginScope op("master");
     bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
     for (const Slice& s : bucket.slices)
       kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
   }
+  const OriginScope op("state");
   for (size_t i = 0; i < rule_->states().size(); ++i)
     bucket.states.push_back(Tensor::Full({bucket.share}, wide, 0, MemoryClass::kOptimizer));
   if (file_ != nullptr) file_->Retire(States(bucket));
@@ -252,8 +260,10 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
   std::vector<View> pieces, share;
   for (Parameter* p : bucket.parameters) {
     Leaf& leaf = p->leaf();
-    if (!leaf.grad.defined())
+    if (!leaf.grad.defined()) {
+      const OriginScope here(leaf.interned_name);
       leaf.grad = Tensor::Full(p->shape(), leaf.grad_dtype, 0, leaf.memory_class);
+    }
     if (p->gradient_sum() && !Mutated(Mutation::kSharedHeadNotSummed)) p->gradient_sum()(leaf.grad);
     pieces.push_back(leaf.grad.view());
   }
@@ -278,8 +288,10 @@ void ZeroOptimizer::Retire(Bucket& bucket) {
   queue_.Wait(bucket.ticket);
   if (options_.stage < 2) return;
   const bool first = !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
-  if (!bucket.gradient.defined())
+  if (!bucket.gradient.defined()) {
+    const OriginScope here({bucket.name, "share"});
     bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+  }
   for (const Slice& s : bucket.slices) {
     const View sum = Flat(bucket.gradient, s.at, s.count);
     const View share = Flat(bucket.parameters[s.parameter]->leaf().grad, s.begin, s.count);
@@ -330,6 +342,7 @@ std::vector<ZeroOptimizer::Slice> ZeroOptimizer::Owned(const Bucket& bucket) {
 
 double ZeroOptimizer::GradNorm() {
   const auto n = static_cast<int64_t>(parameters_.size());
+  const OriginScope here("grad_norm");
   const Tensor squares = Tensor::Full({n}, DType::kF64, 0, MemoryClass::kWorkspace);
   for (const Bucket& bucket : buckets_) {
     if (!bucket.trainable) continue;
