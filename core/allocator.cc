@@ -305,7 +305,8 @@ class RangeAllocator : public Allocator {
                           origin.op ? ", " : "", origin.op ? origin.op : "",
                           origin.pass == Pass::kNone ? "" : fmt::format(", {}", Name(origin.pass)),
                           Name(device_.type),
-                          limit_ == kNever ? "" : fmt::format(", of {} MB", limit_ >> 20), table),
+                          limit_ == kNever ? "" : fmt::format(", limited to {} bytes", limit_),
+                          table),
               __FILE__, __LINE__),
         LiveBlocks());
   }

@@ -126,11 +126,11 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
     LoadedModel loaded;
     OpenedData data;
     std::optional<DType> precision;
+    Agree(communicator, [&] { precision = Precision(options.precision); });
     LimitMemory(MemoryOfRank(communicator));
     SetFailureContext([](FailureContext& context) {
       context.memory = "smaller with: --batch 1, --sequence-length, --precision bf16\n";
     });
-    Agree(communicator, [&] { precision = Precision(options.precision); });
     const std::string save =
         LoadNewest(options.path, communicator, WarnOnce(communicator),
                    [&](const std::string& found) { loaded = LoadModel(found, precision); });
@@ -186,11 +186,11 @@ int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run) {
     std::unique_ptr<Tokenizer> tokenizer;
     std::vector<int32_t> prompt;
     std::optional<DType> precision;
+    Agree(communicator, [&] { precision = Precision(arguments.precision); });
     LimitMemory(MemoryOfRank(communicator));
     SetFailureContext([](FailureContext& context) {
       context.memory = "smaller with: fewer --tokens, a shorter --prompt, --precision bf16\n";
     });
-    Agree(communicator, [&] { precision = Precision(arguments.precision); });
     const std::string save =
         LoadNewest(arguments.path, communicator, WarnOnce(communicator),
                    [&](const std::string& found) { loaded = LoadModel(found, precision); });

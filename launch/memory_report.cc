@@ -97,6 +97,7 @@ MemoryReport Summarise(std::span<const LiveBlock> live) {
 }
 
 std::string MemoryText(const MemoryReport& report) {
+  if (report.tensors.empty()) return "";
   const auto rows = Rows(report);
   std::string text;
   for (const auto& row : rows) {

@@ -83,7 +83,9 @@ TEST(Ledger, PeakIsTheFirstHighestMoment) {
         blocks[k] = blocks.back();
         blocks.pop_back();
       }
-      if (i >= 100) ASSERT_EQ(Sizes(allocator->AtPeak()), at_peak) << seed << ", " << i;
+      if (i >= 100) {
+        ASSERT_EQ(Sizes(allocator->AtPeak()), at_peak) << seed << ", " << i;
+      }
       ASSERT_EQ(Sizes(allocator->Live()), alive);
     }
     allocator->WatchPeak(false);
@@ -199,7 +201,8 @@ TEST(Ledger, OriginsThroughForwardAndBackward) {
     context.allocator()->WatchPeak(true);
     Backward(std::exchange(loss, {}));
     const Origins peak = Of(context.allocator()->AtPeak());
-    EXPECT_EQ(peak.at("down linear backward").at(0), "[5, 6]");  // the gradient of its input
+    // The gradient of its input.
+    EXPECT_EQ(std::ranges::count(peak.at("down linear backward"), "[5, 6]"), 1);
     EXPECT_EQ(peak.count("- gelu recomputed"), again ? 1u : 0u);
     EXPECT_EQ(Of(context.allocator()->Live()).at("down.weight linear backward").at(0), "[4, 6]");
     for (const auto& p : model.Parameters()) p->leaf().grad = Tensor();
