@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "core/base/atomic_file.h"
+#include "core/context.h"
 #include "launch/chart.h"
 
 namespace shoal {
@@ -16,14 +19,10 @@ constexpr size_t kLines = 10;
 // "blocks.3.mlp.up" -> "blocks.*.mlp.up"
 std::string OfAnyBlock(const std::string& path) {
   std::string general;
-  for (size_t i = 0; i < path.size(); ++i) {
-    const bool digit = std::isdigit(static_cast<unsigned char>(path[i])) != 0;
-    if (!digit)
-      general += path[i];
-    else if (general.ends_with('.'))
-      general += '*';
-    else if (!general.ends_with('*'))
-      general += path[i];
+  for (const char c : path) {
+    const bool digit = std::isdigit(static_cast<unsigned char>(c)) != 0;
+    if (digit && general.ends_with('*')) continue;
+    general += digit && general.ends_with('.') ? '*' : c;
   }
   return general;
 }
@@ -130,6 +129,24 @@ std::string MemoryHtml(const MemoryReport& report) {
     html +=
         fmt::format("{} {} {}", html.ends_with(':') ? "" : ",", EscapeHtml(module), Mega(bytes));
   return html + "</p>\n";
+}
+
+void WriteMemoryOfStep(int64_t step, int rank, const std::string& knobs, const std::string& path,
+                       const Console& console) {
+  Allocator& allocator = *ExecutionContext::Current().allocator();
+  const MemoryReport report = Summarise(allocator.AtPeak());
+  allocator.WatchPeak(false);
+  const std::string text =
+      fmt::format("at the peak of rank {} in step {}: {:.1f} MB\n{}{}", rank, step,
+                  static_cast<double>(report.bytes) / 1e6, MemoryText(report), knobs);
+  try {
+    AtomicFile file(path);
+    file.Write(text.data(), text.size());
+    file.Commit();
+    if (rank == 0) console.Alert(fmt::format("memory of step {}: {}", step, path));
+  } catch (const Error& e) {
+    console.Alert(e.message());
+  }
 }
 
 void WriteMemory(const MemoryReport& report, nlohmann::ordered_json* plan) {

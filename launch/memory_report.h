@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/allocator.h"
+#include "launch/console.h"
 
 namespace shoal {
 
@@ -38,6 +39,11 @@ MemoryReport Summarise(std::span<const LiveBlock> live);
 // The ten largest lines, and the modules.
 std::string MemoryText(const MemoryReport& report);
 std::string MemoryHtml(const MemoryReport& report);
+
+// What was alive at the peak of a step that the current allocator has watched, and `knobs`, to a
+// file. If that cannot be, a line says so: no run ends for it.
+void WriteMemoryOfStep(int64_t step, int rank, const std::string& knobs, const std::string& path,
+                       const Console& console);
 
 // "peak_rank", "peak_tensors" and "peak_modules" of plan.json, of the ten largest lines.
 void WriteMemory(const MemoryReport& report, nlohmann::ordered_json* plan);

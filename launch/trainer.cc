@@ -7,7 +7,6 @@
 #include <functional>
 #include <optional>
 
-#include "core/base/atomic_file.h"
 #include "core/context.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -195,7 +194,6 @@ class Run {
     return communicator_.rank() == 0 && TakeMemoryRequestFile(directory_->path());
   }
   bool Step(int64_t step);
-  void WriteMemoryReport(int64_t step) const;
   bool NotFinite(int64_t step, const TrainingStep::Result& result);
   void RollBack(int64_t step, const std::string& what);
   bool IsFinite(const std::function<void()>& saving);
@@ -339,7 +337,9 @@ bool Run::Step(int64_t step) {
   allocator.WatchPeak(watch_next_);
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
-  if (watch_next_) WriteMemoryReport(step);
+  if (watch_next_)
+    WriteMemoryOfStep(step, communicator_.rank(), knobs_,
+                      directory_->memory_path(step, communicator_.rank()), console_);
   m.seconds = Since(begin);
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
@@ -372,25 +372,6 @@ bool Run::Step(int64_t step) {
   validation_loss_ = m.validation_loss;
   done_ = step;
   return true;
-}
-
-// Of a step that was watched.
-void Run::WriteMemoryReport(int64_t step) const {
-  Allocator& allocator = *ExecutionContext::Current().allocator();
-  const MemoryReport report = Summarise(allocator.AtPeak());
-  allocator.WatchPeak(false);
-  const std::string text =
-      fmt::format("at the peak of rank {} in step {}: {:.1f} MB\n{}{}", communicator_.rank(), step,
-                  static_cast<double>(report.bytes) / 1e6, MemoryText(report), knobs_);
-  const std::string path = directory_->memory_path(step, communicator_.rank());
-  try {
-    AtomicFile file(path);
-    file.Write(text.data(), text.size());
-    file.Commit();
-    if (communicator_.rank() == 0) console_.Alert(fmt::format("memory of step {}: {}", step, path));
-  } catch (const Error& e) {
-    console_.Alert(e.message());  // a run does not end for it
-  }
 }
 
 // What optim.non_finite says of a step without an update. True: the run goes on after it.
