@@ -128,6 +128,18 @@ Saver::~Saver() {
   // The futures wait for their threads.
 }
 
+// Of whole elements of any dtype.
+int64_t Saver::slot_bytes() const {
+  return std::clamp(std::min(options_.staging / 2, plan_.data_bytes + 63) / 64 * 64, int64_t{64},
+                    kChunkBytes);
+}
+
+// Two slots at least: one is written while the next is filled.
+int64_t Saver::staging_bytes() const {
+  const int64_t slot = slot_bytes();
+  return slot * std::clamp(options_.staging / slot, int64_t{2}, plan_.data_bytes / slot + 2);
+}
+
 void Saver::Begin(int64_t step, const StateDict& state) {
   SHOAL_CHECK(staging_ == nullptr && !part_.valid(), "checkpoint", "a save is still under way");
   SHOAL_CHECK(state.size() == plan_.arrays.size(), "checkpoint", "{} tensors, {} were planned",
@@ -141,14 +153,10 @@ void Saver::Begin(int64_t step, const StateDict& state) {
                 "checkpoint", "{} is not as it was planned", state[i].name);
     sources.emplace_back(tensor.view().as<const char>(), array.bytes());
   }
-  // Two slots at least: one is written while the next is filled. Of whole elements of any dtype.
-  const int64_t slot_bytes = std::clamp(
-      std::min(options_.staging / 2, plan_.data_bytes + 63) / 64 * 64, int64_t{64}, kChunkBytes);
-  const int64_t slots =
-      std::clamp(options_.staging / slot_bytes, int64_t{2}, plan_.data_bytes / slot_bytes + 2);
   state_ = state;
-  memory_ = Tensor::Empty({slots * slot_bytes}, DType::kU8, MemoryClass::kWorkspace);
-  staging_ = std::make_shared<Staging>(memory_, slot_bytes);
+  const OriginScope here({nullptr, "staging"});
+  memory_ = Tensor::Empty({staging_bytes()}, DType::kU8, MemoryClass::kWorkspace);
+  staging_ = std::make_shared<Staging>(memory_, slot_bytes());
   copied_ =
       Behind([staging = staging_, sources = std::move(sources)] { staging->CopyAll(sources); });
   part_ = Behind([this, step, staging = staging_] {

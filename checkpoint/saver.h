@@ -35,6 +35,8 @@ class Saver {
   Saver& operator=(const Saver&) = delete;
 
   const PartPlan& plan() const { return plan_; }
+  // Staging memory of a save, while it is under way.
+  int64_t staging_bytes() const;
 
   // Begins to save; none may be under way.
   void Begin(int64_t step, const StateDict& state);
@@ -56,6 +58,7 @@ class Saver {
 
  private:
   struct Staging;
+  int64_t slot_bytes() const;
   std::string Write(int64_t step, Staging& staging) const;
 
   const std::string directory_;

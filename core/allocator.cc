@@ -4,8 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <unordered_map>
 #include <vector>
@@ -118,9 +120,11 @@ class RangeAllocator : public Allocator {
     if (shared_ != nullptr) ASAN_UNPOISON_MEMORY_REGION(shared_->begin(), shared_used_);
   }
 
-  void* Allocate(size_t bytes, MemoryClass memory_class) override {
+  using Allocator::Allocate;
+  void* Allocate(size_t bytes, MemoryClass memory_class, const BlockLabel& label) override {
     const std::lock_guard lock(mutex_);
-    if (bytes > kMaxBytes) Exhausted(bytes, memory_class);
+    if (bytes > kMaxBytes || stats_.live_total + static_cast<int64_t>(bytes) > limit_)
+      Exhausted(bytes, memory_class, label);
     const size_t size = RoundUp(std::max<size_t>(bytes, 1) + kGap, kAlignment);
     uintptr_t begin = Exchanged(memory_class) ? TakeShared(size) : 0;
     if (begin == 0) begin = ranges_.Take(size);
@@ -128,13 +132,17 @@ class RangeAllocator : public Allocator {
       GrowCuda(size);
       begin = ranges_.Take(size);
     }
-    if (begin == 0) Exhausted(bytes, memory_class);
-    blocks_.emplace(begin, Block{size, static_cast<int64_t>(bytes), memory_class});
+    if (begin == 0) Exhausted(bytes, memory_class, label);
+    blocks_.emplace(begin, Block{size, {memory_class, static_cast<int64_t>(bytes), label}});
     const int c = static_cast<int>(memory_class);
     stats_.live[c] += static_cast<int64_t>(bytes);
     stats_.live_total += static_cast<int64_t>(bytes);
     stats_.peak[c] = std::max(stats_.peak[c], stats_.live[c]);
     stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
+    if (stats_.live_total > watched_) {
+      watched_ = stats_.live_total;
+      higher_ = true;
+    }
     void* data = reinterpret_cast<void*>(begin);
     if (device_.type == DeviceType::kCpu) {
       ASAN_UNPOISON_MEMORY_REGION(data, bytes);
@@ -148,10 +156,11 @@ class RangeAllocator : public Allocator {
     const std::lock_guard lock(mutex_);
     const auto it = blocks_.find(reinterpret_cast<uintptr_t>(data));
     if (it == blocks_.end()) return;  // destructors call this: nothing to throw into
+    KeepPeak();
     const Block block = it->second;
     blocks_.erase(it);
-    stats_.live[static_cast<int>(block.memory_class)] -= block.bytes;
-    stats_.live_total -= block.bytes;
+    stats_.live[static_cast<int>(block.live.memory_class)] -= block.live.bytes;
+    stats_.live_total -= block.live.bytes;
     if (device_.type == DeviceType::kCpu) ASAN_POISON_MEMORY_REGION(data, block.size);
     (InShared(data) ? shared_blocks_ : ranges_)
         .Release(reinterpret_cast<uintptr_t>(data), block.size);
@@ -176,12 +185,54 @@ class RangeAllocator : public Allocator {
     stats_.peak_total = stats_.live_total;
   }
 
+  std::vector<LiveBlock> Live() const override {
+    const std::lock_guard lock(mutex_);
+    return LiveBlocks();
+  }
+
+  void WatchPeak(bool on) override {
+    const std::lock_guard lock(mutex_);
+    at_peak_.clear();
+    watched_ = on ? stats_.live_total : kNever;
+    higher_ = on;
+  }
+
+  std::vector<LiveBlock> AtPeak() const override {
+    const std::lock_guard lock(mutex_);
+    return higher_ ? LiveBlocks() : at_peak_;
+  }
+
+  void set_limit(int64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    limit_ = bytes;
+  }
+
  private:
+  static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
   struct Block {
-    size_t size;    // taken from the range
-    int64_t bytes;  // asked for
-    MemoryClass memory_class;
+    size_t size;  // taken from the range
+    LiveBlock live;
   };
+
+  std::vector<LiveBlock> LiveBlocks() const {
+    std::vector<LiveBlock> live;
+    live.reserve(blocks_.size());
+    for (const auto& [begin, block] : blocks_) live.push_back(block.live);
+    return live;
+  }
+
+  // Before a block goes: between a highest sum and the first block that is freed nothing has
+  // changed, for whatever is added makes another highest sum.
+  void KeepPeak() {
+    if (!higher_) return;
+    higher_ = false;
+    try {
+      at_peak_ = LiveBlocks();
+    } catch (const std::bad_alloc&) {
+      at_peak_.clear();  // whoever frees may not fail
+    }
+  }
 
   static bool Exchanged(MemoryClass memory_class) {
     return memory_class == MemoryClass::kParameters || memory_class == MemoryClass::kGradients ||
@@ -215,7 +266,8 @@ class RangeAllocator : public Allocator {
       ranges_.AddRange(aligned, begin + size - aligned);
       return;
     }
-    SHOAL_FAIL(ErrorKind::kBug, "allocator", "no address space for a memory range");
+    SHOAL_FAIL(ErrorKind::kMemory, "allocator",
+               "no address space for a memory range. Raise the limit (ulimit -v)");
   }
 
   void GrowCuda(size_t size) {
@@ -234,16 +286,29 @@ class RangeAllocator : public Allocator {
     }
   }
 
-  [[noreturn]] void Exhausted(size_t bytes, MemoryClass memory_class) const {
+  [[noreturn]] void Exhausted(size_t bytes, MemoryClass memory_class,
+                              const BlockLabel& label) const {
     std::string table;
     for (int c = 0; c < kMemoryClasses; ++c) {
       table += fmt::format("{}{} {} MB", c ? ", " : "", Name(static_cast<MemoryClass>(c)),
                            stats_.live[c] >> 20);
     }
-    SHOAL_FAIL(
-        ErrorKind::kBug, "allocator",
-        "no room for {} bytes of {} on {}; live: {}. Make the batch or the sequences shorter",
-        bytes, Name(memory_class), Name(device_.type), table);
+    const Origin& origin = label.origin;
+    throw OutOfMemory(
+        Error(ErrorKind::kMemory, "allocator",
+              fmt::format("no room for {} bytes of {} ({}{}{}{}{}{}) on {}{}; live: {}", bytes,
+                          Name(memory_class),
+                          label.shape.rank() == 0
+                              ? "scratch"
+                              : fmt::format("{} {}", Name(label.dtype), label.shape.ToString()),
+                          origin.module ? ", " : "", origin.module ? *origin.module : "",
+                          origin.op ? ", " : "", origin.op ? origin.op : "",
+                          origin.pass == Pass::kNone ? "" : fmt::format(", {}", Name(origin.pass)),
+                          Name(device_.type),
+                          limit_ == kNever ? "" : fmt::format(", limited to {} bytes", limit_),
+                          table),
+              __FILE__, __LINE__),
+        LiveBlocks());
   }
 
   const Device device_;
@@ -256,6 +321,10 @@ class RangeAllocator : public Allocator {
   size_t shared_used_ = 0;  // bytes up to the end of its highest block so far
   std::unordered_map<uintptr_t, Block> blocks_;
   MemoryStats stats_;
+  int64_t limit_ = kNever;
+  int64_t watched_ = kNever;  // the highest sum while it is watched
+  bool higher_ = false;       // than when at_peak_ was taken
+  std::vector<LiveBlock> at_peak_;
 };
 
 }  // namespace

@@ -11,9 +11,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/base/device.h"
+#include "core/base/error.h"
 #include "core/base/stream.h"
+#include "core/origin.h"
 
 namespace shoal {
 
@@ -37,6 +40,23 @@ struct MemoryStats {
   int64_t peak_total = 0;  // highest sum, at most the sum of the peaks
 };
 
+struct LiveBlock {
+  MemoryClass memory_class;
+  int64_t bytes;  // as asked for
+  BlockLabel label;
+};
+
+// Error(kMemory), and what was alive.
+class OutOfMemory : public Error {
+ public:
+  OutOfMemory(const Error& error, std::vector<LiveBlock> live)
+      : Error(error), live_(std::move(live)) {}
+  const std::vector<LiveBlock>& live() const { return live_; }
+
+ private:
+  std::vector<LiveBlock> live_;
+};
+
 class Allocator : public ScratchSource {
  public:
   // For kCpu, memory; for kMeta, addresses that must not be touched, counted alike; for kCuda,
@@ -44,15 +64,26 @@ class Allocator : public ScratchSource {
   static std::shared_ptr<Allocator> Create(Device device);
 
   ~Allocator() override = default;
-  // Aligned to 64 bytes, uninitialised; never null. Throws Error(kBug) naming class, bytes and the
-  // table of live bytes when memory is exhausted.
-  virtual void* Allocate(size_t bytes, MemoryClass memory_class) = 0;
+  // Aligned to 64 bytes, uninitialised; never null. Throws OutOfMemory naming bytes, class, label
+  // and the table of live bytes when memory, or the limit, is exhausted.
+  virtual void* Allocate(size_t bytes, MemoryClass memory_class, const BlockLabel& label) = 0;
+  void* Allocate(size_t bytes, MemoryClass memory_class) {
+    return Allocate(bytes, memory_class, {CurrentOrigin(), DType::kU8, {}});
+  }
   virtual void Free(void* data) = 0;
   virtual MemoryStats stats() const = 0;
   virtual void ResetPeak() = 0;  // peaks become the live figures
   // From now on parameters, gradients and communication lie in `range` while it has room. Once, and
   // for kCpu only.
   virtual void Share(std::shared_ptr<SharedRange> range) = 0;
+
+  // The ledger, of memory; a file has none.
+  virtual std::vector<LiveBlock> Live() const { return {}; }
+  // From now on the blocks that were alive when the sum was highest are kept, or (false) no more.
+  virtual void WatchPeak(bool /*on*/) {}
+  virtual std::vector<LiveBlock> AtPeak() const { return {}; }  // since WatchPeak(true)
+  // Sums of live bytes beyond it are refused. What is alive already stays.
+  virtual void set_limit(int64_t /*bytes*/) {}
 
   void* AllocateScratch(size_t bytes) override { return Allocate(bytes, MemoryClass::kWorkspace); }
   void FreeScratch(void* data) override { Free(data); }

@@ -23,7 +23,11 @@ EnableGrad::EnableGrad() : previous_(grad_enabled) { grad_enabled = true; }
 EnableGrad::~EnableGrad() { grad_enabled = previous_; }
 
 Node::Node(const char* name, const Dims& shape, DType dtype)
-    : name_(name), sequence_(next_sequence++), shape_(shape), dtype_(dtype) {}
+    : name_(name),
+      sequence_(next_sequence++),
+      origin_{CurrentOrigin().module, name, Pass::kBackward},
+      shape_(shape),
+      dtype_(dtype) {}
 
 // A graph that is dropped without a backward is a chain of owners as long as the model is deep:
 // taken apart with a list, so that destruction does not recurse.
@@ -85,6 +89,7 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
   if (options.recompute && RematerializeScope::active()) {
     node->recompute_ = std::make_unique<Rematerialized>();
     node->recompute_->compute = options.recompute;
+    node->recompute_->origin = {CurrentOrigin().module, name, Pass::kRecompute};
     for (const Tensor& input : inputs) {
       // As it is kept already, so that it is kept once.
       const auto same = std::find_if(kept.begin(), kept.end(), [&](const Tensor& t) {
@@ -127,6 +132,7 @@ GradContext::Target GradContext::Sink(int i) {
   Leaf* leaf = input.is_leaf() ? static_cast<Leaf*>(&input) : nullptr;
   Tensor& slot = leaf ? leaf->grad : input.gradient_;
   if (!slot.defined()) {
+    const OriginScope here(leaf ? leaf->interned_name : nullptr);
     slot = leaf ? Tensor::Empty(input.shape_, leaf->grad_dtype, leaf->memory_class)
                 : Tensor::Empty(input.shape_, input.dtype_);
     return {slot, false};
@@ -208,6 +214,7 @@ class BackwardPass {
   // come.
   static void Call(Node& node, Tensor grad, GradContext::Part part,
                    const BackwardOptions& options) {
+    const OriginScope here(node.origin_);
     GradContext context(node, std::move(grad), part, options);
     // Nobody keeps the result any more, and what is kept may be the op's alone.
     if (part != GradContext::Part::kInputs) node.recompute_.reset();

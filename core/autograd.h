@@ -42,6 +42,7 @@ class Node {
 
   const char* name_;
   uint64_t sequence_;  // creation order
+  Origin origin_;      // of its backward: where it was recorded
   Dims shape_;         // of the output, and so of its gradient
   DType dtype_;
   std::vector<std::shared_ptr<Node>> inputs_;  // null where no gradient is wanted
@@ -70,8 +71,9 @@ class Leaf : public Node {
 
   bool weight = true;  // false: a value that was received, whose gradient others wait for
   std::string name;    // of the parameter; for errors
-  Tensor grad;         // undefined until the first share
-  DType grad_dtype;    // starts as the value's dtype
+  const std::string* interned_name = nullptr;  // the same, for the memory of its gradient
+  Tensor grad;                                 // undefined until the first share
+  DType grad_dtype;                            // starts as the value's dtype
   MemoryClass memory_class = MemoryClass::kGradients;
   // Called in the order in which they were added.
   std::vector<std::function<void(GradEvent)>> hooks;

@@ -55,6 +55,7 @@ Dropout::Dropout(double p, std::string site)
 
 Tensor Dropout::Forward(const Tensor& x, const SequenceInfo& info) {
   if (!info.training || p_ == 0) return x;
+  const OriginScope here(path());
   return ops::Dropout(x, info.token_numbers, p_, PhiloxKey{info.seed, stream_});
 }
 

@@ -49,7 +49,8 @@ class MappedFile::Mapping : public Allocator {
     close(fd_);
   }
 
-  void* Allocate(size_t bytes, MemoryClass memory_class) override {
+  using Allocator::Allocate;
+  void* Allocate(size_t bytes, MemoryClass memory_class, const BlockLabel&) override {
     const std::lock_guard lock(mutex_);
     const size_t size = (std::max<size_t>(bytes, 1) + Page() - 1) / Page() * Page();
     if (const auto spare = spare_.find(size); spare != spare_.end()) {

@@ -34,6 +34,7 @@ void Module::Walk(const std::function<void(const std::string&, Module&)>& f) {
 std::vector<std::shared_ptr<Parameter>> Module::Parameters() {
   std::vector<std::shared_ptr<Parameter>> all;
   Walk([&all](const std::string& path, Module& module) {
+    module.path_ = path.empty() ? nullptr : Intern(path);
     for (const auto& [name, parameter] : module.parameters_) {
       if (std::find(all.begin(), all.end(), parameter) != all.end()) continue;
       parameter->set_name(path.empty() ? name : path + "." + name);
@@ -65,6 +66,7 @@ void Module::RemoveChild(std::string_view name) {
 }
 
 Tensor Module::Hooked(const Tensor& x, const std::function<Tensor(const Tensor&)>& forward) {
+  const OriginScope here(path_);
   for (const auto& hook : hooks_.pre_forward) hook(*this);
   const Tensor in = BackwardHook("post_backward", this, hooks_.post_backward, x);
   const Tensor out = BackwardHook("pre_backward", this, hooks_.pre_backward,

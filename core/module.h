@@ -39,8 +39,11 @@ class Module {
   ModuleHooks& hooks() { return hooks_; }
 
   // Parameters of the whole tree in the order of declaration, each once (a tied one under its first
-  // name), with their dotted names set.
+  // name), with their dotted names set, and the modules' paths.
   std::vector<std::shared_ptr<Parameter>> Parameters();
+  // As of the last call of Parameters at the root; null before. Where memory is asked for in a
+  // module's forward, an OriginScope says so.
+  const std::string* path() const { return path_; }
   // Calls f(dotted path, module) for this module ("") and all below, parents first.
   void Walk(const std::function<void(const std::string&, Module&)>& f);
   // Puts `module` where the child at the dotted `path` was. It must be of the type that the parent
@@ -72,6 +75,7 @@ class Module {
   std::vector<Child> children_;
   std::vector<std::pair<std::string, std::shared_ptr<Parameter>>> parameters_;
   ModuleHooks hooks_;
+  const std::string* path_ = nullptr;
 };
 
 // A module from one tensor to one: what a Linear, a norm, or their replacement is.

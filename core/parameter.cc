@@ -18,9 +18,11 @@ void Parameter::TakeSlice(int dim, int64_t begin, int64_t count) {
 }
 
 void Parameter::Materialize(DType dtype, MemoryClass memory_class) {
-  value_ = Tensor::Empty(shape_, dtype, memory_class);
   leaf_ = std::make_shared<Leaf>(shape_, dtype);
   leaf_->name = name_;
+  leaf_->interned_name = Intern(name_);
+  const OriginScope here(leaf_->interned_name);
+  value_ = Tensor::Empty(shape_, dtype, memory_class);
 }
 
 Tensor Parameter::Use() const {

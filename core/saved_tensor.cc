@@ -70,6 +70,7 @@ Tensor SavedTensor::Take() {
       std::vector<Tensor> operands;
       for (const SavedTensor& operand : shared->operands)
         operands.push_back(SavedTensor(operand).Take());
+      const OriginScope here(shared->origin);
       shared->value = shared->compute(operands);
     }
     const Tensor t = shared->value.Detached();

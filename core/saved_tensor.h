@@ -76,6 +76,7 @@ class SavedTensor {
 struct Rematerialized {
   std::function<Tensor(const std::vector<Tensor>&)> compute;
   std::vector<SavedTensor> operands;
+  Origin origin;
   Tensor value;  // between the first use and the last
 };
 

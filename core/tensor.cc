@@ -34,7 +34,8 @@ Tensor Tensor::Unmaterialized(const Dims& shape, DType dtype, MemoryClass memory
   const size_t bytes = BytesOf(shape, dtype);
   Impl impl;
   impl.storage =
-      std::make_shared<Storage>(bytes, memory_class, context.allocator(), context.device());
+      std::make_shared<Storage>(bytes, memory_class, BlockLabel{CurrentOrigin(), dtype, shape},
+                                context.allocator(), context.device());
   impl.shape = shape;
   impl.strides = shape.RowMajorStrides();
   impl.dtype = dtype;

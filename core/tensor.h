@@ -21,10 +21,11 @@ class Node;
 // ranks. Whoever gives it up or sends for it says how it becomes whole when a tensor is looked at.
 class Storage {
  public:
-  Storage(size_t bytes, MemoryClass memory_class, std::shared_ptr<Allocator> allocator,
-          Device device)
+  Storage(size_t bytes, MemoryClass memory_class, const BlockLabel& label,
+          std::shared_ptr<Allocator> allocator, Device device)
       : bytes_(bytes),
         memory_class_(memory_class),
+        label_(label),
         allocator_(std::move(allocator)),
         device_(device) {}
   ~Storage() { Release(); }
@@ -32,7 +33,7 @@ class Storage {
   Storage& operator=(const Storage&) = delete;
 
   void Materialize() {
-    if (data_ == nullptr) data_ = allocator_->Allocate(bytes_, memory_class_);
+    if (data_ == nullptr) data_ = allocator_->Allocate(bytes_, memory_class_, label_);
   }
   void Release() {
     if (data_ != nullptr) allocator_->Free(data_);
@@ -57,6 +58,7 @@ class Storage {
   bool pending_ = false;
   size_t bytes_;
   MemoryClass memory_class_;
+  BlockLabel label_;  // of every block that it obtains
   std::shared_ptr<Allocator> allocator_;
   Device device_;
   std::function<void()> restore_;

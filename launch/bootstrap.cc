@@ -12,6 +12,7 @@
 #include "core/context.h"
 #include "kernels/cuda_runtime.h"
 #include "launch/failure.h"
+#include "launch/memory_report.h"
 
 namespace shoal {
 namespace {
@@ -54,12 +55,14 @@ template <class F>
 auto CallWithErrors(const F& f) {
   try {
     return f();
+  } catch (const OutOfMemory& e) {
+    SHOAL_FAIL(ErrorKind::kMemory, e.op(), "{}\n{}", e.message(), MemoryText(Summarise(e.live())));
   } catch (const Error&) {
     throw;
   } catch (const std::bad_alloc&) {
-    SHOAL_FAIL(ErrorKind::kConfig, "memory",
-               "this machine has no more memory for the run. Make batch.micro, the model or the "
-               "sequences smaller; shoal plan says what a run takes");
+    SHOAL_FAIL(
+        ErrorKind::kMemory, "memory",
+        "the system gives this process no more memory (ulimit -v says how much it may have)");
   } catch (const std::exception& e) {
     SHOAL_FAIL(ErrorKind::kBug, "shoal", "{}", e.what());
   }

@@ -10,6 +10,7 @@
 #include "core/base/thread_count.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
+#include "launch/failure.h"
 #include "launch/plan.h"
 #include "launch/session.h"
 #include "launch/signals.h"
@@ -126,6 +127,10 @@ int EvalCommand(const EvalOptions& options, const RunOptions& run) {
     OpenedData data;
     std::optional<DType> precision;
     Agree(communicator, [&] { precision = Precision(options.precision); });
+    LimitMemory(MemoryOfRank(communicator));
+    SetFailureContext([](FailureContext& context) {
+      context.memory = "smaller with: --batch 1, --sequence-length, --precision bf16\n";
+    });
     const std::string save =
         LoadNewest(options.path, communicator, WarnOnce(communicator),
                    [&](const std::string& found) { loaded = LoadModel(found, precision); });
@@ -182,6 +187,10 @@ int GenerateCommand(const GenerateArguments& arguments, const RunOptions& run) {
     std::vector<int32_t> prompt;
     std::optional<DType> precision;
     Agree(communicator, [&] { precision = Precision(arguments.precision); });
+    LimitMemory(MemoryOfRank(communicator));
+    SetFailureContext([](FailureContext& context) {
+      context.memory = "smaller with: fewer --tokens, a shorter --prompt, --precision bf16\n";
+    });
     const std::string save =
         LoadNewest(arguments.path, communicator, WarnOnce(communicator),
                    [&](const std::string& found) { loaded = LoadModel(found, precision); });

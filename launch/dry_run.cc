@@ -108,8 +108,10 @@ class Search {
 
 }  // namespace
 
-RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank) {
+RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank,
+                std::vector<LiveBlock>* at_peak) {
   ExecutionContext context(Device{DeviceType::kMeta});
+  context.allocator()->WatchPeak(at_peak != nullptr);
   const ContextScope scope(context);
   const auto communicator = MakeMetaCommunicator(rank, options.mesh.ranks());
   TrainingStep step(options, *communicator);
@@ -124,6 +126,7 @@ RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank)
   step.Run(batches, 1);
   add(1);
   plan.memory = context.allocator()->stats();
+  if (at_peak != nullptr) *at_peak = context.allocator()->AtPeak();
   plan.attention = step.DescribeAttention();
   return plan;
 }

@@ -24,8 +24,9 @@ struct RankPlan {
 };
 
 // What rank `rank` of options.mesh.ranks() does in one step. It has as many threads as the caller:
-// kernels take scratch for each.
-RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank);
+// kernels take scratch for each. `at_peak`, if given, becomes what was alive at the peak.
+RankPlan DryRun(const TrainingOptions& options, const PassShape& pass, int rank,
+                std::vector<LiveBlock>* at_peak = nullptr);
 
 // FLOPs per token that the choice computes again, over one rank's blocks; a byte of memory traffic
 // counts as the FLOPs that are done meanwhile.

@@ -57,9 +57,25 @@ std::string_view Describe(ErrorKind kind) {
       return "storage error";
     case ErrorKind::kRequeue:
       return "stopped";
+    case ErrorKind::kMemory:
+      return "out of memory";
   }
   return "error";
 }
+
+namespace {
+
+// Indented, to the last newline.
+void Add(std::string_view text, std::string* block) {
+  while (!text.empty()) {
+    const size_t end = text.find('\n');
+    *block += fmt::format("  {}\n", text.substr(0, end));
+    if (end == std::string_view::npos) break;
+    text.remove_prefix(end + 1);
+  }
+}
+
+}  // namespace
 
 std::string ErrorBlock(const Error& error, const FailureContext& c, std::string_view host,
                        bool color) {
@@ -74,12 +90,8 @@ std::string ErrorBlock(const Error& error, const FailureContext& c, std::string_
   // A bug's text names the op and our source line.
   std::string_view text = error.message();
   if (error.kind() == ErrorKind::kBug) text = error.what();
-  while (!text.empty()) {
-    const size_t end = text.find('\n');
-    block += fmt::format("  {}\n", text.substr(0, end));
-    if (end == std::string_view::npos) break;
-    text.remove_prefix(end + 1);
-  }
+  Add(text, &block);
+  if (error.kind() == ErrorKind::kMemory && !c.memory.empty()) Add(c.memory, &block);
   if (c.run.empty()) return block;
   if (c.last_save.empty()) {
     block +=

@@ -20,6 +20,7 @@ struct FailureContext {
   std::string run;        // run directory, once it exists
   std::string last_save;  // path of the newest save that is whole
   int64_t step = 0;       // that is being computed
+  std::string memory;     // what would take less of it, in whole lines
 };
 
 // A copy; safe from any thread.

@@ -45,11 +45,7 @@ PipelineSimulation SimulateStep(const TrainingOptions& options) {
   return SimulatePipeline(ScheduleOf(options, options.micro_batches), costs);
 }
 
-int64_t Plan::peak() const {
-  int64_t peak = 0;
-  for (const RankPlan& rank : ranks) peak = std::max(peak, rank.memory.peak_total);
-  return peak;
-}
+int64_t Plan::peak() const { return at_peak.bytes; }
 
 int64_t Plan::limit() const { return budget.value_or(available); }
 
@@ -76,6 +72,13 @@ Plan MakePlan(const Config& config, const TrainingOptions& options, int ranks) {
   // Replicas differ only in how many bytes a rank's shards have on the wire.
   for (int rank = 0; rank < ranks; ++rank)
     plan.ranks.push_back(DryRun(plan.options, PassOf(config, plan.batch), rank));
+  const auto largest = std::ranges::max_element(
+      plan.ranks, {}, [](const RankPlan& rank) { return rank.memory.peak_total; });
+  std::vector<LiveBlock> at_peak;
+  DryRun(plan.options, PassOf(config, plan.batch), largest->rank, &at_peak);
+  plan.at_peak = Summarise(at_peak);
+  plan.at_peak.rank = largest->rank;
+  plan.trials = TryAll(config, plan.options, plan.batch, &plan.at_peak);
   if (config.checkpoint.async && config.checkpoint.every > 0) {
     int64_t states = 0;
     for (const RankPlan& rank : plan.ranks) {
@@ -90,61 +93,33 @@ Plan MakePlan(const Config& config, const TrainingOptions& options, int ranks) {
 
 void CheckFits(const Plan& plan, const Config& config) {
   if (plan.fits() || config.memory.overcommit) return;
-  const auto largest = std::max_element(
-      plan.ranks.begin(), plan.ranks.end(),
-      [](const auto& a, const auto& b) { return a.memory.peak_total < b.memory.peak_total; });
-  // One change at a time, then all of them; what they take, by the same dry run.
+  // One change at a time, then all of them.
   std::string fitting;
-  int64_t least = largest->memory.peak_total;
-  Config all = config;
-  const auto with = [&](const Config& other, const std::string& what) {
-    const BatchPlan batch = CheckBatch(other, static_cast<int>(plan.ranks.size()));
-    const int64_t peak =
-        DryRun(MakeTrainingOptions(other, batch), PassOf(other, batch), largest->rank)
-            .memory.peak_total;
-    least = std::min(least, peak);
-    if (peak + plan.staging <= plan.limit())
-      fitting += fmt::format("{}{} ({:.1f} MB)", fitting.empty() ? "" : ", ", what, Mega(peak));
-  };
-  const auto try_one = [&](auto&& change, const std::string& what) {
-    Config other = config;
-    change(other);
-    with(other, what);
-    change(all);
-  };
-  if (config.memory.recompute == "none")
-    try_one([](Config& c) { c.memory.recompute = "selective"; },
-            "memory.recompute = \"selective\"");
-  if (config.memory.recompute != "full")
-    try_one([](Config& c) { c.memory.recompute = "full"; }, "memory.recompute = \"full\"");
-  if (plan.batch.dp * config.mesh.cp > 1)
-    for (int64_t stage = config.zero.stage + 1; stage <= 3; ++stage)
-      try_one([stage](Config& c) { c.zero.stage = stage; }, fmt::format("zero.stage = {}", stage));
-  if (plan.batch.micro > 1) try_one([](Config& c) { c.batch.micro = 1; }, "batch.micro = 1");
-  if (config.memory.offload_activations != "file")
-    try_one([](Config& c) { c.memory.offload_activations = "file"; },
-            "memory.offload_activations = \"file\"");
-  if (config.zero.offload != "file")
-    try_one([](Config& c) { c.zero.offload = "file"; }, "zero.offload = \"file\"");
+  for (const Trial& trial : plan.trials)
+    if (trial.peak + plan.staging <= plan.limit())
+      fitting += fmt::format("{}{} ({:.1f} MB)", fitting.empty() ? "what fits: " : ", ",
+                             trial.knob.text, Mega(trial.peak));
   if (fitting.empty()) {
-    with(all, "all of them");
-    fitting = fitting.empty() ? fmt::format(
-                                    "recomputation, sharding, batch.micro 1 and files "
-                                    "together come to {:.1f} MB: use more ranks (mesh.tp, mesh.pp, "
-                                    "mesh.cp) or a smaller model",
-                                    Mega(least))
-                              : fmt::format(
-                                    "recomputation, sharding, batch.micro 1 and files "
-                                    "together fit ({:.1f} MB)",
-                                    Mega(least));
-  } else {
-    fitting = "what fits: " + fitting;
+    const Knob together = {"",
+                           [&](Config& c) {
+                             for (const Knob& knob : KnobsOf(config, plan.options, plan.batch))
+                               if (!knob.alone) knob.change(c);
+                           },
+                           {}};
+    const auto trial = Try(config, plan.options, plan.at_peak.rank, together);
+    const int64_t least = trial ? trial->peak : plan.peak();
+    fitting = fmt::format("recomputation, sharding, batch.micro 1 and files together {}",
+                          least + plan.staging <= plan.limit()
+                              ? fmt::format("fit ({:.1f} MB)", Mega(least))
+                              : fmt::format("come to {:.1f} MB: use more ranks (mesh.tp, mesh.pp, "
+                                            "mesh.cp) or a smaller model",
+                                            Mega(least)));
   }
   SHOAL_FAIL(
       ErrorKind::kConfig, "plan",
       "rank {} needs {:.1f} MB at its peak{}, and {} {:.1f} MB; {}. memory.overcommit = true "
       "starts anyhow",
-      largest->rank, Mega(largest->memory.peak_total),
+      plan.at_peak.rank, Mega(plan.peak()),
       plan.staging > 0 ? fmt::format(" and {:.1f} MB while a save is written", Mega(plan.staging))
                        : "",
       plan.budget ? "memory.budget is" : "its share of this machine's memory is",
@@ -175,6 +150,10 @@ std::string PlanJson(const Plan& plan) {
   json["steps_per_epoch"] = plan.steps_per_epoch;
   json["flops_per_token"] = plan.flops_per_token;
   json["flops_per_token_full_attention"] = plan.flops_per_token_full;
+  WriteMemory(plan.at_peak, &json);
+  json["single_changes"] = ordered_json::array();
+  for (const Trial& trial : plan.trials)
+    json["single_changes"].push_back({{"change", trial.knob.text}, {"peak", trial.peak}});
   return json.dump(2);
 }
 
@@ -267,6 +246,12 @@ std::string PlanText(const Plan& plan, const Config& config) {
                       Mega(plan.ranks[0].memory.peak_total), Mega(plan.peak()));
   if (plan.staging > 0)
     line("while a save is written", fmt::format("up to {:.1f} MB more", Mega(plan.staging)));
+  text +=
+      fmt::format("\nat the peak of rank {}: {:.1f} MB\n", plan.at_peak.rank, Mega(plan.peak()));
+  text += MemoryText(plan.at_peak);
+  if (!plan.trials.empty()) text += "\n  one change                              peak, MB\n";
+  for (const Trial& trial : plan.trials)
+    text += fmt::format("    {:<36} {:>9.1f}\n", trial.knob.text, Mega(trial.peak));
   text += fmt::format("\n{:<22} {:>14} {:>14}\n", "sent a step", "rank 0, MB", "all, MB");
   for (int a = 0; a < kMeshAxes; ++a) {
     const auto sent = [a](const RankPlan& r) { return r.wire_bytes[static_cast<size_t>(a)]; };

@@ -7,6 +7,7 @@
 
 #include "launch/config.h"
 #include "launch/dry_run.h"
+#include "launch/knobs.h"
 #include "parallel/pipeline_simulator.h"
 
 namespace shoal {
@@ -24,6 +25,9 @@ struct Plan {
   PipelineSimulation pipeline;    // of a step, in FLOPs
   std::optional<int64_t> budget;  // memory.budget
   int64_t available = 0;          // memory of this machine, over the ranks on it
+
+  MemoryReport at_peak;       // of the rank with the highest
+  std::vector<Trial> trials;  // what single changes would make of it
 
   int64_t staging = 0;  // of a save that is written behind training, at most
 
@@ -48,6 +52,7 @@ PipelineSimulation SimulateStep(const TrainingOptions& options);
 Plan MakePlan(const Config& config, const TrainingOptions& options, int ranks);
 
 // {"ranks": [{"rank", "bytes": {class..., "peak"}, "wire_bytes": {axis...}}], "bubble", "fits",
+// "peak_tensors": [{"count", "bytes", ...}], "peak_modules": {module...}, "single_changes": [...],
 // ...}
 std::string PlanJson(const Plan& plan);
 // Error(kConfig) if `plan` does not fit, naming what would make it; memory.overcommit starts

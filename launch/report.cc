@@ -16,6 +16,7 @@
 #include "launch/config.h"
 #include "launch/console.h"
 #include "launch/failure.h"
+#include "launch/memory_report.h"
 #include "launch/metrics.h"
 #include "launch/run_directory.h"
 #include "launch/timeline.h"
@@ -107,6 +108,7 @@ struct RunFacts {
   MetricsFile metrics;
   int ranks = 0;
   std::string sample;
+  MemoryReport at_peak;  // as planned, of the largest rank
 
   int64_t steps() const { return metrics.steps.empty() ? 0 : metrics.steps.back().step; }
 };
@@ -122,9 +124,10 @@ RunFacts ReadRun(const std::string& path) {
     facts.config_problem = e.message();
   }
   facts.metrics = ReadMetrics(run.metrics_path());
-  const auto plan = nlohmann::json::parse(ReadFile(run.plan_path()), nullptr, false);
+  const auto plan = nlohmann::ordered_json::parse(ReadFile(run.plan_path()), nullptr, false);
   if (plan.is_object() && plan.contains("ranks") && plan["ranks"].is_array())
     facts.ranks = static_cast<int>(plan["ranks"].size());
+  facts.at_peak = ReadMemory(plan);
   facts.sample = ReadFile(run.sample_path());
   return facts;
 }
@@ -361,6 +364,10 @@ std::string RenderReport(const std::string& run) {
                         EscapeHtml(facts.sample));
   html += TimelineHtml(RunDirectory::Attach(run).pipeline_path());
   html += Table(facts);
+  if (!facts.at_peak.tensors.empty())
+    html += fmt::format("<h2>At the peak of rank {}, as planned: {}</h2>\n{}", facts.at_peak.rank,
+                        ShortBytes(static_cast<double>(facts.at_peak.bytes)),
+                        MemoryHtml(facts.at_peak));
   if (!facts.config_problem.empty())
     html +=
         fmt::format("<p class=\"state\"><b class=\"bad\">config.toml cannot be read</b>: {}</p>\n",

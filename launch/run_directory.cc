@@ -206,6 +206,10 @@ std::string RunDirectory::log_path(int rank) const {
   return fmt::format("{}/log/rank-{}.log", path_, rank);
 }
 
+std::string RunDirectory::memory_path(int64_t step, int rank) const {
+  return fmt::format("{}/log/memory-step-{}-rank-{}.txt", path_, step, rank);
+}
+
 void RunDirectory::Remove() {
   // Out of its name first: what is half deleted must not look like a run.
   std::error_code error;

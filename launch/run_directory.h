@@ -39,6 +39,8 @@ class RunDirectory {
   std::string checkpoints_path() const { return CheckpointsPath(path_); }
   static std::string CheckpointsPath(const std::string& run) { return run + "/checkpoints"; }
   std::string log_path(int rank) const;
+  // What a rank had in memory at the peak of a step, if somebody asked.
+  std::string memory_path(int64_t step, int rank) const;
   std::string sample_path() const { return path_ + "/sample.txt"; }
   std::string report_path() const { return path_ + "/report.html"; }
 

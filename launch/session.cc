@@ -127,6 +127,16 @@ int64_t MemoryOfRank(int ranks) {
   return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / ranks;
 }
 
+int64_t MemoryOfRank(Communicator& communicator) {
+  const std::vector<std::string> hosts = communicator.AllGatherStrings(communicator.host());
+  return MemoryOfRank(static_cast<int>(std::ranges::count(hosts, communicator.host())));
+}
+
+void LimitMemory(int64_t bytes) {
+  const ExecutionContext& context = ExecutionContext::Current();
+  if (context.device().type == DeviceType::kCpu) context.allocator()->set_limit(bytes);
+}
+
 std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, const Loader& loader,
                                int64_t step, int64_t replica) {
   std::vector<Batch> batches;

@@ -27,6 +27,10 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
 PassShape PassOf(const Config& config, const BatchPlan& plan);
 // A rank's share of this machine's memory, if `ranks` run on it.
 int64_t MemoryOfRank(int ranks);
+// That of a rank of `communicator`. Collective.
+int64_t MemoryOfRank(Communicator& communicator);
+// From now on this rank's tensors take `bytes` at most, in memory of the host: Error(kMemory).
+void LimitMemory(int64_t bytes);
 
 // What replica `replica` computes in step `step` (from 1), a batch per pass. After a rollback a run
 // reads other batches than its steps' own: `step` is then the batch's.

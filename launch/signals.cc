@@ -24,7 +24,7 @@ bool Take(const std::string& path, std::atomic<bool>& kept) {
   kept = unlink(path.c_str()) != 0;
   return !again;
 }
-std::atomic<bool> stop_kept = false, save_kept = false;
+std::atomic<bool> stop_kept = false, save_kept = false, memory_kept = false;
 
 }  // namespace
 
@@ -51,5 +51,7 @@ Request TakeRequestFile(const std::string& run) {
   const bool save_asked = Take(run + "/save", save_kept);
   return stop_asked ? Request::kStop : save_asked ? Request::kSave : Request::kNone;
 }
+
+bool TakeMemoryRequestFile(const std::string& run) { return Take(run + "/memory", memory_kept); }
 
 }  // namespace shoal

@@ -18,5 +18,7 @@ bool TakeSaveRequested();  // true once per SIGUSR2
 // `save`. They are removed as they are seen.
 enum class Request { kNone, kSave, kStop };
 Request TakeRequestFile(const std::string& run);
+// The same for `memory`: a report of the next step's.
+bool TakeMemoryRequestFile(const std::string& run);
 
 }  // namespace shoal

@@ -94,15 +94,18 @@ class Run {
     // All ranks see all answers, so all find the same; told once.
     Agree(communicator_, [&] { CheckSame(config_, data_.fingerprint, communicator_); });
     Agree(communicator_, [&] { CheckSameChoice(options_, communicator_); });
-    const std::vector<std::string> hosts = communicator_.AllGatherStrings(communicator_.host());
+    const int64_t share = MemoryOfRank(communicator_);
     Agree(communicator_, [&] {
       if (communicator_.rank() != 0) return;
       forecast_ = MakePlan(config_, options_, communicator_.size());
       forecast_.steps_per_epoch = data_.loader->train_sequences() / config_.batch.sequences;
-      forecast_.available =
-          MemoryOfRank(static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[0])));
+      forecast_.available = share;
       CheckFits(forecast_, config_);
     });
+    knobs_ = KnobText(KnobsOf(config_, options_, plan_));
+    SetFailureContext([&](FailureContext& context) { context.memory = knobs_; });
+    limit_ = config_.memory.overcommit ? MemoryOfRank(1) : config_.memory.budget.value_or(share);
+    LimitMemory(limit_);
   }
 
   void BuildFresh() {
@@ -176,6 +179,8 @@ class Run {
     saves_.emplace(config_.checkpoint, communicator_, console_,
                    RunDirectory::CheckpointsPath(config_.run.dir), *step_,
                    [this] { metrics_->Sync(); });
+    // A save of any moment has its own.
+    LimitMemory(limit_ + saves_->staging_bytes());
   }
   void OpenFiles();
   void OpenMetrics() {
@@ -185,6 +190,9 @@ class Run {
   }
   void LoadSave();
   Request Asked() const;
+  bool MemoryAsked() const {
+    return communicator_.rank() == 0 && TakeMemoryRequestFile(directory_->path());
+  }
   bool Step(int64_t step);
   bool NotFinite(int64_t step, const TrainingStep::Result& result);
   void RollBack(int64_t step, const std::string& what);
@@ -199,6 +207,9 @@ class Run {
   Plan forecast_;  // rank 0's
   OpenedData data_;
   TrainingOptions options_;
+  int64_t limit_ = 0;        // of this rank's memory, beside a save's
+  std::string knobs_;        // what would take less
+  bool watch_next_ = false;  // what is alive at the next step's peak is reported
   std::optional<RunDirectory> directory_;
   std::optional<TrainingStep> step_;
   std::optional<MetricsWriter> metrics_;
@@ -265,10 +276,12 @@ int Run::Loop() {
     bool went_on = Step(done_ + 1);
     ++taken;
     // One agreement per step: on what any rank was asked to do, and on what saves wait for.
-    std::array<double, 2> any = {static_cast<double>(Asked()), saves_->Busy() ? 1.0 : 0.0};
+    std::array<double, 3> any = {static_cast<double>(Asked()), saves_->Busy() ? 1.0 : 0.0,
+                                 MemoryAsked() ? 1.0 : 0.0};
     const View view(any.data(), DType::kF64, {std::ssize(any)});
     communicator_.AllReduce(std::span(&view, 1), ReduceOp::kMax, Traffic::kControl);
     const auto asked = static_cast<Request>(any[0]);
+    watch_next_ = any[2] > 0;
     went_on = IsFinite([&] { saves_->Advance(any[1] > 0); }) && went_on;
     stop = asked == Request::kStop;
     const bool due =
@@ -320,8 +333,13 @@ bool Run::Step(int64_t step) {
   m.lr = schedule_.At(step);
   const std::vector<Batch> batches = StepBatches(config_, plan_, *data_.loader, step + data_offset_,
                                                  step_->mesh().coordinate(MeshAxis::kDp));
+  Allocator& allocator = *ExecutionContext::Current().allocator();
+  allocator.WatchPeak(watch_next_);
   const TrainingStep::Result result = step_->Run(batches, m.lr);
   ExecutionContext::Current().Synchronize();
+  if (watch_next_)
+    WriteMemoryOfStep(step, communicator_.rank(), knobs_,
+                      directory_->memory_path(step, communicator_.rank()), console_);
   m.seconds = Since(begin);
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
@@ -335,7 +353,7 @@ bool Run::Step(int64_t step) {
                               step_->wire_bytes(axis) - sent_before[static_cast<size_t>(a)]);
   }
   m.wire_bytes.emplace_back("control", step_->mesh().control_bytes() - control_before);
-  const MemoryStats memory = ExecutionContext::Current().allocator()->stats();
+  const MemoryStats memory = allocator.stats();
   for (int c = 0; c < kMemoryClasses; ++c) {
     m.peak_bytes.emplace_back(Name(static_cast<MemoryClass>(c)),
                               memory.peak[static_cast<size_t>(c)]);

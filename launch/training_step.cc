@@ -230,6 +230,7 @@ Batch TrainingStep::Mine(const Batch& batch) const {
 
 Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, double normalizer,
                              bool training) {
+  const OriginScope here({nullptr, "batch", training ? Pass::kForward : Pass::kNone});
   const Dims shape = {batch.count, batch.length};
   const auto of_replica = [&](Tensor t) {
     t.set_placement(OfReplica());
@@ -264,6 +265,7 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
 
 // [B, T, D], or this rank's rows of it.
 Tensor TrainingStep::Boundary(const Batch& batch) const {
+  const OriginScope here("boundary");
   const Communicator& tp = mesh_.axis(MeshAxis::kTp);
   Dims shape = {batch.count, batch.length, options_.model.d_model};
   Placement placement = OfReplica();

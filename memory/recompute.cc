@@ -38,6 +38,7 @@ Tensor Recomputed(const Tensor& in, const std::function<Tensor(const Tensor&)>& 
         {
           const EnableGrad enable;
           const KeepScope scope(kept.get(), true);
+          const OriginScope again_here(Pass::kRecompute);
           if (restore) restore();
           again = forward(std::exchange(x, {}));
         }

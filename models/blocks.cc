@@ -38,9 +38,10 @@ Attention::Attention(const ModelConfig& config, int layer, Options options)
 }
 
 Tensor Attention::Forward(const Tensor& x, const SequenceInfo& info) {
+  const OriginScope here(path());
   // Not those of x: the rows of some of the tokens may be elsewhere.
   const int64_t b = info.positions.dim(0), t = info.positions.dim(1);
-  // Sizes in full: a rank may have no tokens.
+  // Sizes in full: there may be no tokens.
   const auto by_heads = [&](const Tensor& y) {
     return ops::Reshape(y, {b, t, y.dim(-1) / head_dim_, head_dim_});
   };

@@ -36,6 +36,7 @@ void Gpt2::Keep(const std::vector<bool>& segments) {
 }
 
 Tensor Gpt2::Embed(const Tensor& tokens, const SequenceInfo& info) {
+  const OriginScope here(position_->path());
   const Tensor x = ops::Add(LanguageModel::Embed(tokens, info), position_->Forward(info.positions));
   return embed_dropout_->Forward(x, info);
 }

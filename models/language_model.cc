@@ -41,6 +41,7 @@ int LanguageModel::SegmentOf(const std::string& parameter) const {
 }
 
 Tensor LanguageModel::Embed(const Tensor& tokens, const SequenceInfo&) {
+  const OriginScope here(embed_->path());
   return embed_->Forward(tokens);
 }
 
@@ -51,14 +52,17 @@ Tensor LanguageModel::Hidden(const Tensor& tokens, const SequenceInfo& info) {
 }
 
 Tensor LanguageModel::Logits(const Tensor& hidden) {
+  const OriginScope here((head_ ? head_ : embed_)->path());
   return ops::Linear(hidden, head_weight().Use());
 }
 
 Tensor LanguageModel::Loss(const Tensor& hidden, const Tensor& labels, double normalizer) {
+  const OriginScope here(loss_->path());
   return loss_->Forward(hidden, head_weight(), labels, normalizer);
 }
 
 KvCache LanguageModel::MakeCache(int64_t batch, int64_t capacity, DType dtype) const {
+  const OriginScope here("kv_cache");
   KvCache cache;
   const Dims shape = {batch, capacity, config_.kv_heads, config_.head_dim};
   for (int64_t i = 0; i < config_.layers; ++i) {

@@ -134,6 +134,7 @@ Tensor Enter(const Tensor& x, Communicator& group) {
 }
 
 Tensor AllReduce(const Tensor& x, Communicator& group, DType dtype) {
+  const OriginScope here("all_reduce");
   if (group.size() == 1 && x.dtype() == dtype) return x;
   const DType wide = AccumulatorDType(dtype);
   RecordOptions options;
@@ -147,6 +148,7 @@ Tensor AllReduce(const Tensor& x, Communicator& group, DType dtype) {
 }
 
 Tensor AllGather(const Tensor& x, std::span<const int64_t> bounds, Communicator& group) {
+  const OriginScope here("all_gather");
   if (group.size() == 1) return x;
   const DType dtype = x.dtype();
   RecordOptions options;
@@ -163,6 +165,7 @@ Tensor AllGather(const Tensor& x, std::span<const int64_t> bounds, Communicator&
 
 Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communicator& group,
                      DType dtype) {
+  const OriginScope here("reduce_scatter");
   if (group.size() == 1 && x.dtype() == dtype) return x;
   RecordOptions options;
   options.placement =
@@ -176,6 +179,7 @@ Tensor ReduceScatter(const Tensor& x, std::span<const int64_t> bounds, Communica
 }
 
 Tensor Shard(const Tensor& x, std::span<const int64_t> bounds, Communicator& group) {
+  const OriginScope here("shard");
   if (group.size() == 1) return x;
   RecordOptions options;
   options.placement = Placed("shard", x, group, {Kind::kInvariant}, AxisPlacement::Sharded(0));
@@ -190,6 +194,7 @@ Tensor Shard(const Tensor& x, std::span<const int64_t> bounds, Communicator& gro
 
 Tensor AllToAll(const Tensor& x, std::span<const int64_t> send_rows,
                 std::span<const int64_t> receive_rows, Communicator& group) {
+  const OriginScope here("all_to_all");
   if (group.size() == 1) return x;
   RecordOptions options;
   options.placement = PlacedApart("all_to_all", x, group);
@@ -202,6 +207,7 @@ Tensor AllToAll(const Tensor& x, std::span<const int64_t> send_rows,
 }
 
 Tensor Shift(const Tensor& x, int by, Communicator& group) {
+  const OriginScope here("shift");
   if (group.size() == 1) return x;
   RecordOptions options;
   options.placement = PlacedApart("shift", x, group);

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
+#include <exception>
 #include <numeric>
 
 #include "core/context.h"
@@ -85,6 +86,9 @@ class MpiCommunicator : public Communicator {
   }
   ~MpiCommunicator() override {
     if (comm_ == MPI_COMM_WORLD) ProcessWatchdog().reset();
+    // What follows is collective. An error that ends this rank alone must come to its Abort: the
+    // others may be anywhere.
+    if (std::uncaught_exceptions() > 0) return;
     if (beacons_ != MPI_WIN_NULL) MPI_Win_free(&beacons_);
     if (memory_ != MPI_WIN_NULL) MPI_Win_free(&memory_);
     if (comm_ != MPI_COMM_WORLD) MPI_Comm_free(&comm_);

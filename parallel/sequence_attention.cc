@@ -154,6 +154,7 @@ std::string SequenceGroup::Describe() const {
 
 Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const SequenceInfo& info) {
+  const OriginScope here("sequence_attention");
   SHOAL_CHECK(q.rank() == 4 && k.shape() == v.shape() && k.rank() == 4 && q.dim(0) == k.dim(0) &&
                   q.dim(1) == k.dim(1) && q.dim(3) == k.dim(3) && k.dim(2) > 0 &&
                   q.dim(2) % k.dim(2) == 0,

@@ -204,6 +204,7 @@ class ShardedLmLoss : public LmLoss {
 
 // x [B, T, K, H] -> [B, T, N, H]: for each of N query heads its kv head.
 Tensor ExpandHeads(const Tensor& x, const std::vector<int64_t>& kv_of_query) {
+  const OriginScope here("expand_heads");
   Dims shape = x.shape();
   shape[2] = static_cast<int64_t>(kv_of_query.size());
   const Tensor out = Tensor::Empty(shape, x.dtype());

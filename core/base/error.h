@@ -18,6 +18,7 @@ enum class ErrorKind : int {
   kData = 72,     // the training data or the tokenizer
   kStorage = 73,  // run directory, checkpoint, disk
   kRequeue = 75,  // saved on request; start again to go on
+  kMemory = 76,   // memory is exhausted, or the run's share of it
 };
 
 class Error : public std::exception {

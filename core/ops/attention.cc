@@ -9,6 +9,7 @@ namespace shoal::ops {
 AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& q_document, const Tensor& k_document,
                           const kernels::AttentionOptions& options) {
+  const OriginScope here("attention");
   SHOAL_CHECK(q.rank() == 4 && k.rank() == 4 && k.shape() == v.shape() && q.dim(0) == k.dim(0) &&
                   q.dim(3) == k.dim(3) && k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0,
               "attention", "q {}, k {} and v {} do not fit", q.shape().ToString(),

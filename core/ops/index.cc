@@ -22,6 +22,7 @@ Placement EmbeddingPlacement(const Tensor& table, const Tensor& ids) {
 }  // namespace
 
 Tensor Embedding(const Tensor& table, const Tensor& ids) {
+  const OriginScope here("embedding");
   Dims shape = ids.shape();
   shape.push_back(table.dim(1));
   Tensor out = Tensor::Empty(shape, table.dtype());
@@ -38,6 +39,7 @@ Tensor Embedding(const Tensor& table, const Tensor& ids) {
 }
 
 Tensor Dropout(const Tensor& x, const Tensor& tokens, double p, const PhiloxKey& key) {
+  const OriginScope here("dropout");
   if (p == 0) return x;
   SHOAL_CHECK(p > 0 && p < 1, "dropout", "p = {}", p);
   CheckWholeRows("dropout", x);  // the mask counts columns from 0

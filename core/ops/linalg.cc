@@ -37,6 +37,7 @@ Placement LinearPlacement(const Tensor& x, const Tensor& weight, const Tensor& b
 }  // namespace
 
 Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool wide) {
+  const OriginScope here("linear");
   SHOAL_CHECK(weight.rank() == 2 && x.dim(-1) == weight.dim(1), "linear",
               "input {} does not fit weight {}", x.shape().ToString(), weight.shape().ToString());
   Dims shape = x.shape();
@@ -67,6 +68,7 @@ Tensor Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool wi
 }
 
 Tensor Matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
+  const OriginScope here("matmul");
   const View va = transpose_a ? a.view().Transposed() : a.view();
   const View vb = transpose_b ? b.view().Transposed() : b.view();
   SHOAL_CHECK(a.rank() == b.rank() && (a.rank() == 2 || a.rank() == 3) && va.dim(-1) == vb.dim(-2),

@@ -32,6 +32,7 @@ Placement LossPlacement(const Tensor& x, const Tensor& weight, bool merged) {
 // gradient of 1; backward scales them if it turns out to be another.
 Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& labels,
                           double normalizer, const kernels::VocabularyShare* share) {
+  const OriginScope here("linear_cross_entropy");
   SHOAL_CHECK(x.dim(-1) == weight.dim(1) && labels.numel() * x.dim(-1) == x.numel(),
               "linear_cross_entropy", "x {}, weight {} and labels {} do not fit",
               x.shape().ToString(), weight.shape().ToString(), labels.shape().ToString());
@@ -43,6 +44,7 @@ Tensor LinearCrossEntropy(const Tensor& x, const Tensor& weight, const Tensor& l
     const Leaf* leaf =
         node != nullptr && node->is_leaf() ? static_cast<const Leaf*>(node) : nullptr;
     dx = Tensor::Empty(x.shape(), share ? AccumulatorDType(x.dtype()) : x.dtype());
+    const OriginScope of_weight(leaf ? leaf->interned_name : nullptr);
     dweight = Tensor::Empty(weight.shape(), leaf ? leaf->grad_dtype : weight.dtype(),
                             leaf ? leaf->memory_class : MemoryClass::kGradients);
   }

@@ -7,6 +7,7 @@
 namespace shoal::ops {
 
 Tensor Add(const Tensor& a, const Tensor& b) {
+  const OriginScope here("add");
   CheckAlike("add", a, b);
   Tensor out = Tensor::Empty(a.shape(), a.dtype());
   kernels::Add(CurrentStream(), out.view(), a.view(), b.view(), 1, 1);
@@ -19,6 +20,7 @@ Tensor Add(const Tensor& a, const Tensor& b) {
 }
 
 Tensor Multiply(const Tensor& a, const Tensor& b) {
+  const OriginScope here("multiply");
   CheckAlike("multiply", a, b);
   Tensor out = Tensor::Empty(a.shape(), a.dtype());
   kernels::Multiply(CurrentStream(), out.view(), a.view(), b.view());
@@ -34,6 +36,7 @@ Tensor Multiply(const Tensor& a, const Tensor& b) {
 }
 
 Tensor Scale(const Tensor& x, double alpha) {
+  const OriginScope here("scale");
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Scale(CurrentStream(), out.view(), x.view(), alpha);
   return Record("scale", out, {x}, {},
@@ -46,6 +49,7 @@ Tensor Scale(const Tensor& x, double alpha) {
 }
 
 Tensor Gelu(const Tensor& x) {
+  const OriginScope here("gelu");
   RecordOptions options;
   options.recompute = [](const std::vector<Tensor>& in) {
     Tensor out = Tensor::Empty(in[0].shape(), in[0].dtype());
@@ -64,6 +68,7 @@ Tensor Gelu(const Tensor& x) {
 }
 
 Tensor Silu(const Tensor& x) {
+  const OriginScope here("silu");
   RecordOptions options;
   options.recompute = [](const std::vector<Tensor>& in) {
     Tensor out = Tensor::Empty(in[0].shape(), in[0].dtype());
@@ -82,6 +87,7 @@ Tensor Silu(const Tensor& x) {
 }
 
 Tensor SwiGlu(const Tensor& gate, const Tensor& up) {
+  const OriginScope here("swiglu");
   CheckAlike("swiglu", gate, up);
   RecordOptions options;
   options.recompute = [](const std::vector<Tensor>& in) {
@@ -105,6 +111,7 @@ Tensor SwiGlu(const Tensor& gate, const Tensor& up) {
 }
 
 Tensor Cast(const Tensor& x, DType dtype) {
+  const OriginScope here("cast");
   if (x.dtype() == dtype) return x;
   return Record(
       "cast", x.To(dtype), {x}, {},
@@ -141,6 +148,7 @@ Tensor Narrow(const Tensor& x, int dim, int64_t begin, int64_t count) {
 }
 
 Tensor Sum(const Tensor& x) {
+  const OriginScope here("sum");
   Tensor out = Tensor::Empty({1}, DType::kF64);
   kernels::Sum(CurrentStream(), out.view(), x.view());
   const Placement placement = PlacePerAxis(std::span(&x, 1), [&](MeshAxis axis) -> AxisPlacement {

@@ -36,6 +36,7 @@ Tensor LayerNormTo(const Tensor& mean, const Tensor& rstd, const Tensor& x, cons
 }  // namespace
 
 Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
+  const OriginScope here("rms_norm");
   CheckWholeRows("rms_norm", x);
   const Tensor rstd = Statistic(x);
   RecordOptions options;
@@ -60,6 +61,7 @@ Tensor RmsNorm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  const OriginScope here("layer_norm");
   CheckWholeRows("layer_norm", x);
   const Tensor mean = Statistic(x), rstd = Statistic(x);
   RecordOptions options;
@@ -92,6 +94,7 @@ Tensor LayerNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, doub
 }
 
 Tensor Softmax(const Tensor& x) {
+  const OriginScope here("softmax");
   CheckWholeRows("softmax", x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Softmax(CurrentStream(), Rows(out).view(), Rows(x).view());
@@ -105,6 +108,7 @@ Tensor Softmax(const Tensor& x) {
 }
 
 Tensor Rope(const Tensor& x, const Tensor& positions, double theta) {
+  const OriginScope here("rope");
   CheckWholeRows("rope", x);
   Tensor out = Tensor::Empty(x.shape(), x.dtype());
   kernels::Rope(CurrentStream(), out.view(), x.view(), positions.view(), theta, false);

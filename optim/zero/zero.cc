@@ -110,8 +110,13 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
   }
   for (Bucket& bucket : buckets_) {
     CutShare(bucket);
-    if (three)
+    const std::string &last = bucket.parameters.front()->name(),
+                      &first = bucket.parameters.back()->name();
+    bucket.name = Intern(first == last ? first : first + " .. " + last);
+    if (three) {
+      const OriginScope here({bucket.name, "share"});
       bucket.values = Tensor::Empty({bucket.share}, options_.compute, MemoryClass::kParameters);
+    }
     for (size_t i = 0; i < bucket.parameters.size(); ++i) {
       Parameter& p = *bucket.parameters[i];
       p.Materialize(options_.compute,
@@ -195,11 +200,14 @@ void ZeroOptimizer::MakeStates(Bucket& bucket) const {
   std::optional<ContextScope> in_file;
   if (file_ != nullptr) in_file.emplace(file_->context());
   const DType wide = AccumulatorDType(options_.compute);
+  const OriginScope here(bucket.name);
   if (options_.compute != wide) {
+    const OriginScope op("master");
     bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
     for (const Slice& s : bucket.slices)
       kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
   }
+  const OriginScope op("state");
   for (size_t i = 0; i < rule_->states().size(); ++i)
     bucket.states.push_back(Tensor::Full({bucket.share}, wide, 0, MemoryClass::kOptimizer));
   if (file_ != nullptr) file_->Retire(States(bucket));
@@ -256,8 +264,10 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
   std::vector<View> pieces, share;
   for (Parameter* p : bucket.parameters) {
     Leaf& leaf = p->leaf();
-    if (!leaf.grad.defined())
+    if (!leaf.grad.defined()) {
+      const OriginScope here(leaf.interned_name);
       leaf.grad = Tensor::Full(p->shape(), leaf.grad_dtype, 0, leaf.memory_class);
+    }
     if (p->gradient_sum() && !Mutated(Mutation::kSharedHeadNotSummed)) p->gradient_sum()(leaf.grad);
     pieces.push_back(leaf.grad.view());
   }
@@ -268,7 +278,7 @@ void ZeroOptimizer::Reduce(Bucket& bucket) {
   // The first share of a step's gradient goes where it is kept.
   View into;
   if (options_.stage >= 2 && !bucket.gradient.defined() && pieces[0].dtype == options_.gradients) {
-    bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+    HoldShare(bucket);
     bucket.kept = true;
     into = bucket.gradient.view();
   }
@@ -294,11 +304,16 @@ void ZeroOptimizer::Retire(Bucket& bucket) {
   Update(bucket, lr_, 1);
 }
 
+void ZeroOptimizer::HoldShare(Bucket& bucket) const {
+  if (bucket.gradient.defined()) return;
+  const OriginScope here({bucket.name, "share"});
+  bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+}
+
 // From the parameters' gradients, which are freed, to where the share is kept.
 void ZeroOptimizer::TakeShare(Bucket& bucket) {
   const bool first = !bucket.gradient.defined() || Mutated(Mutation::kLastMicroBatchOnly);
-  if (!bucket.gradient.defined())
-    bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
+  if (first) HoldShare(bucket);
   const bool there = std::exchange(bucket.kept, false);
   for (const Slice& s : there ? std::span<const Slice>() : std::span(bucket.slices)) {
     const View sum = Flat(bucket.gradient, s.at, s.count);
@@ -368,15 +383,15 @@ double ZeroOptimizer::GradNorm() {
   if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
   const View view = squares.view();
   // Values may be on their way already.
-  queue_.Wait(queue_.Post([this, view] {
-    shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
-  }));
+  queue_.Wait(queue_.Post(
+      [this, view] { shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl); }));
   mesh_.axis(MeshAxis::kTp).AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
   // Stages have parameters of their own.
   return std::sqrt(mesh_.axis(MeshAxis::kPp).Sum(Total(squares)));
 }
 
 void ZeroOptimizer::ClearSquares() {
+  const OriginScope here("grad_norm");
   squares_ = Tensor::Full({std::ssize(parameters_)}, DType::kF64, 0, MemoryClass::kWorkspace);
 }
 

@@ -119,6 +119,7 @@ class ZeroOptimizer {
   // Parameters that are exchanged together; the share of a rank is a range of their concatenation.
   struct Bucket {
     std::vector<Parameter*> parameters;
+    const std::string* name = nullptr;  // for its memory: "first parameter .. last"
     bool trainable = true;
     int pass = 0;
     int64_t elements = 0, share = 0;
@@ -159,6 +160,7 @@ class ZeroOptimizer {
   void ReduceReady(int pass);
   void Reduce(Bucket& bucket);
   void Retire(Bucket& bucket);
+  void HoldShare(Bucket& bucket) const;
   void TakeShare(Bucket& bucket);
   CommQueue::Ticket SumOverReplicas(const Bucket& bucket);
   void ClearSquares();
