@@ -363,7 +363,7 @@ TEST(HybridBytes, HaveTheClosedForm) {
             const auto add = [&](SequenceTag tag, int64_t elements, int64_t bytes) {
               want[static_cast<size_t>(tag)] += elements * bytes;
             };
-            const auto compare = [&](const SequenceTraffic& t) {
+            const auto compare = [&, kv = kv](const SequenceTraffic& t) {
               for (int tag = 0; tag < kSequenceTags; ++tag)
                 EXPECT_EQ(t.Total(static_cast<SequenceTag>(tag)), want[static_cast<size_t>(tag)])
                     << Name(static_cast<SequenceTag>(tag)) << " "
