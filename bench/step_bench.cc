@@ -42,10 +42,11 @@ double GemmGflops(DType dtype) {
 
 struct Options {
   std::string model = "llama-60m", precision = "fp32", recompute = "none", activations_dir;
-  std::string compress = "none";
+  std::string offload_dir, compress = "none";
   int64_t batch = 4, length = 256, micro_batches = 1;
   int threads = 0, steps = 10, warmup = 2, tp = 1, cp = 1, zero_stage = 0;
-  bool in_backward = false;
+  int64_t bucket_bytes = ZeroOptions().bucket_bytes;
+  bool in_backward = false, partition_activations = false;
   RunOptions run;
 };
 
@@ -70,7 +71,10 @@ int Measure(const Options& o, Communicator& communicator) {
   training.mesh = {.dp = 0, .tp = o.tp, .cp = o.cp};
   training.sequence.tokens = training.length = o.length;
   training.zero_stage = o.zero_stage;
+  training.bucket_bytes = o.bucket_bytes;
+  training.offload_dir = o.offload_dir;
   training.activations_dir = o.activations_dir;
+  training.partition_activations = o.partition_activations;
   if (o.recompute != "none") training.recompute = RecomputeEvery(o.recompute == "full", training);
   if (o.threads > 0) SetKernelThreads(std::max(1, o.threads / communicator.size()));
   TrainingStep step(training, communicator);
@@ -116,6 +120,9 @@ int Measure(const Options& o, Communicator& communicator) {
       {"peak_rss_mb", static_cast<double>(usage.ru_maxrss) / 1024},
       {"allocator_peak_mb", static_cast<double>(memory.peak_total) / (1 << 20)},
       {"gemm_gflops", gemm}};
+  for (int c = 0; c < kMemoryClasses; ++c)
+    json["peak_mb"][Name(static_cast<MemoryClass>(c))] =
+        static_cast<double>(memory.peak[static_cast<size_t>(c)]) / (1 << 20);
   for (const auto& [name, s] : profile.parts()) json["percent"][name] = 100 * s / all;
   json["percent"]["host"] = 100 * (all - profile.total()) / all;
   std::cout << json.dump() << std::endl;
@@ -139,6 +146,9 @@ int main(int argc, char** argv) {
   app.add_option("--cp", o.cp);
   app.add_option("--recompute", o.recompute)->check(CLI::IsMember({"none", "selective", "full"}));
   app.add_option("--activations-dir", o.activations_dir, "of a file for them");
+  app.add_flag("--partition-activations", o.partition_activations, "over tp");
+  app.add_option("--offload-dir", o.offload_dir, "of a file for the optimizer's states");
+  app.add_option("--bucket-bytes", o.bucket_bytes, "of gradients that are exchanged together");
   app.add_option("--compress", o.compress)->check(CLI::IsMember({"none", "bf16", "int8"}));
   app.add_flag("--in-backward", o.in_backward, "updates; without clipping");
   app.add_option("--zero-stage", o.zero_stage);

@@ -101,7 +101,10 @@ class RangeAllocator : public Allocator {
  public:
   explicit RangeAllocator(Device device) : device_(device) {
     if (device.type == DeviceType::kCpu) Reserve();
-    if (device.type == DeviceType::kMeta) ranges_.AddRange(kHugePage, size_t{1} << 60);
+    if (device.type == DeviceType::kMeta) {
+      first_ = kHugePage;
+      ranges_.AddRange(first_, size_t{1} << 60);
+    }
   }
 
   ~RangeAllocator() override {
@@ -147,8 +150,8 @@ class RangeAllocator : public Allocator {
     if (device_.type == DeviceType::kCpu) {
       ASAN_UNPOISON_MEMORY_REGION(data, bytes);
       ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, size - bytes);
-      if (!InShared(data)) highest_ = std::max(highest_, begin + size);
     }
+    if (!InShared(data)) highest_ = std::max(highest_, begin + size);
     return data;
   }
 
@@ -176,7 +179,10 @@ class RangeAllocator : public Allocator {
 
   MemoryStats stats() const override {
     const std::lock_guard lock(mutex_);
-    return stats_;
+    MemoryStats stats = stats_;
+    if (device_.type != DeviceType::kCuda)
+      stats.extent = static_cast<int64_t>(std::max(highest_, first_) - first_ + shared_used_);
+    return stats;
   }
 
   void ResetPeak() override {
@@ -262,8 +268,8 @@ class RangeAllocator : public Allocator {
       const auto begin = reinterpret_cast<uintptr_t>(data);
       segments_.emplace_back(begin, size);
       highest_ = begin;
-      const uintptr_t aligned = RoundUp(begin, kHugePage);
-      ranges_.AddRange(aligned, begin + size - aligned);
+      first_ = RoundUp(begin, kHugePage);
+      ranges_.AddRange(first_, begin + size - first_);
       return;
     }
     SHOAL_FAIL(ErrorKind::kMemory, "allocator",
@@ -315,7 +321,8 @@ class RangeAllocator : public Allocator {
   mutable std::mutex mutex_;
   BestFit ranges_;
   std::vector<std::pair<uintptr_t, size_t>> segments_;
-  uintptr_t highest_ = 0;  // end of the highest block so far, on the CPU
+  uintptr_t first_ = 0;    // of the one range
+  uintptr_t highest_ = 0;  // end of the highest block in it so far
   std::shared_ptr<SharedRange> shared_;
   BestFit shared_blocks_;
   size_t shared_used_ = 0;  // bytes up to the end of its highest block so far

@@ -38,6 +38,9 @@ struct MemoryStats {
   std::array<int64_t, kMemoryClasses> live = {}, peak = {};
   int64_t live_total = 0;
   int64_t peak_total = 0;  // highest sum, at most the sum of the peaks
+  // Addresses up to the highest that was used so far, on the CPU and meta: what is beyond the peak
+  // is lost between blocks.
+  int64_t extent = 0;
 };
 
 struct LiveBlock {

@@ -1,6 +1,7 @@
 // The language-model head and its loss in one: logits = x w^T, loss = logsumexp(logits) -
 // logits[label]. Works through chunks of tokens and computes the gradient of a chunk while its
-// logits are there, so [tokens, vocab] is never held and the logits are computed once.
+// logits are there: they are computed once, and [tokens, vocab] is not held, but for the gradient of
+// so few tokens that a wide sum of dw would take more.
 #pragma once
 
 #include <functional>
@@ -20,7 +21,7 @@ struct VocabularyShare {
 
 struct LinearCrossEntropyOptions {
   double gradient_scale = 1;   // of dx and dw: one over the step's global number of tokens
-  int64_t chunk_tokens = 512;  // rows of logits held at a time
+  int64_t chunk_tokens = 512;  // rows of logits at a time
   const VocabularyShare* share = nullptr;  // absent: w holds all rows
 };
 

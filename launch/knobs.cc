@@ -60,6 +60,13 @@ std::vector<Knob> KnobsOf(const Config& config, const TrainingOptions& options,
       options.compute == DType::kBF16 && options.gradients != DType::kBF16,
       "precision.gradients = \"bf16\"", {kGradients, kCommunication},
       [](Config& c) { c.precision.gradients = "bf16"; }, true);
+  add(
+      config.memory.compress_activations != "int8", "memory.compress_activations = \"int8\"",
+      {kActivations}, [](Config& c) { c.memory.compress_activations = "int8"; }, true);
+  add(
+      !config.optim.in_backward && config.optim.clip == 0 && config.optim.non_finite == "halt",
+      "optim.in_backward = true", {kGradients}, [](Config& c) { c.optim.in_backward = true; },
+      true);
   // Whole gradients, and stage 3's parameters, are there a bucket at a time.
   add(
       shared && config.zero.stage >= 2 && config.zero.bucket > (int64_t{1} << 20),

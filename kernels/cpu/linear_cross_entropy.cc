@@ -227,7 +227,11 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const bool backward = (dx || dw) && vocab > 0, narrow = type == DType::kBF16;
   // dx is summed over blocks, dw over chunks, both in f32: in place where they are f32 themselves.
   const bool dx_direct = all && (dx.dtype == sum_type || blocks == 1);
-  const bool dw_direct = dw.dtype == sum_type || count <= chunk;
+  // A narrow dw of several chunks would need a wide sum. Where it takes no more memory, what all
+  // chunks keep is held instead, and dw is one product.
+  const bool hold =
+      backward && dw && narrow && dw.dtype == type && count > chunk && count <= 2 * depth + chunk;
+  const bool dw_direct = dw.dtype == sum_type || count <= chunk || hold;
   auto bytes = [](DType dtype, int64_t rows, int64_t columns) {
     return SizeOf(dtype) * static_cast<size_t>(rows * columns);
   };
@@ -235,8 +239,9 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const Scratch max_memory(stream, bytes(sum_type, blocks, chunk));
   const bool in_place = backward && !narrow;
   const Scratch logits_memory(stream, bytes(sum_type, chunk, in_place ? vocab : width));
-  const Scratch kept_memory(stream, backward && narrow ? bytes(type, chunk, vocab) : 0);
-  const Scratch x_memory(stream, all ? 0 : bytes(type, chunk, depth));
+  const int64_t held = hold ? count : chunk;  // tokens
+  const Scratch kept_memory(stream, backward && narrow ? bytes(type, held, vocab) : 0);
+  const Scratch x_memory(stream, all ? 0 : bytes(type, held, depth));
   const DType dx_type = blocks == 1 ? dx.dtype : sum_type;  // of the sum over blocks
   const Scratch dx_memory(stream, dx && !dx_direct ? bytes(dx_type, chunk, depth) : 0);
   const Scratch dx_narrow_memory(
@@ -246,7 +251,9 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
 
   for (int64_t begin = 0; begin < count; begin += chunk) {
     const int64_t n = std::min(chunk, count - begin);
-    View xc = all ? x.Narrow(0, begin, n) : View(x_memory.as<void>(), type, {n, depth});
+    const int64_t at = hold ? begin : 0;  // of the chunk among the tokens that are held
+    View xc = all ? x.Narrow(0, begin, n)
+                  : View(x_memory.as<char>() + bytes(type, at, depth), type, {n, depth});
     if (!all)
       for (int64_t r = 0; r < n; ++r) CopyRow(xc, r, x, valid[begin + r]);
     if (!counting) std::fill(rows, rows + n, Row{});
@@ -255,7 +262,8 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
       char* logits = logits_memory.as<char>() + (in_place ? bytes(sum_type, n, first) : 0);
       void* kept = !backward  ? nullptr
                    : in_place ? logits
-                              : kept_memory.as<char>() + bytes(type, n, first);
+                              : kept_memory.as<char>() + bytes(type, hold ? count : n, first) +
+                                    bytes(type, at, columns);
       return Block{n, first, columns, logits, kept, valid_labels + begin};
     };
     auto block_max = [&](int64_t b) { return max_memory.as<char>() + bytes(sum_type, b, chunk); };
@@ -287,7 +295,7 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
         HWY_DYNAMIC_DISPATCH(Pass2)(type, block, rows, block_max(b), options.gradient_scale);
       const View d(block.kept, type, {n, block.width});
       if (dx) Matmul(stream, dx_sum, d, w.Narrow(0, block.first, block.width), {}, b > 0 ? 1 : 0);
-      if (dw)
+      if (dw && !hold)
         Matmul(stream, dw_sum.Narrow(0, block.first, block.width), d.Transposed(), xc, {},
                add_dw ? 1 : 0);
     }
@@ -300,6 +308,12 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     }
     if (!all)
       for (int64_t r = 0; r < n; ++r) CopyRow(dx, valid[begin + r], from, r);
+  }
+  const View x_held = all ? x : View(x_memory.as<void>(), type, {count, depth});
+  for (int64_t b = 0; b < blocks && hold; ++b) {
+    const int64_t first = b * width, columns = std::min(width, vocab - first);
+    const View d(kept_memory.as<char>() + bytes(type, count, first), type, {count, columns});
+    Matmul(stream, dw.Narrow(0, first, columns), d.Transposed(), x_held, {}, accumulate_dw ? 1 : 0);
   }
   if (dw && !dw_direct && !counting) {
     HWY_DYNAMIC_DISPATCH(Narrow)
