@@ -1,7 +1,7 @@
 // The language-model head and its loss in one: logits = x w^T, loss = logsumexp(logits) -
 // logits[label]. Works through chunks of tokens and computes the gradient of a chunk while its
-// logits are there: they are computed once, and [tokens, vocab] is not held, but for the gradient of
-// so few tokens that a wide sum of dw would take more.
+// logits are there: they are computed once, and [tokens, vocab] is not held, but for the gradient
+// of so few tokens that a wide sum of dw would take more.
 #pragma once
 
 #include <functional>

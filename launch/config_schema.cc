@@ -157,9 +157,7 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(pipeline, schedule, "order of the passes, or a file that holds one")
           .OneOf({"gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"})
           .OrFile(".csv"),
-      KEY(pipeline, virtual_stages, "stages of one rank")
-          .In(1, 1000)
-          .LeftOut("2 for zb_v, else 1"),
+      KEY(pipeline, virtual_stages, "stages of one rank").In(1, 1000).LeftOut("2 for zb_v, else 1"),
       KEY(pipeline, blocks, "how many blocks each stage has, in the order of the model")
           .In(0, kSize)
           .LeftOut("balanced by FLOPs"),
