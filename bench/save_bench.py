@@ -83,7 +83,7 @@ def train(a, folder, staging, asynchronous):
     """Steps' seconds, and of each save: step, seconds until durable, seconds that training waited."""
     run, text = folder / "run", folder / "text"
     shutil.rmtree(run, ignore_errors=True)
-    text.write_bytes(bytes((i * 7919 >> 3) % 251 for i in range(1 << 20)))
+    text.write_bytes(bytes(97 + (i * 7919 >> 3) % 26 for i in range(1 << 20)))
     config = folder / "config.toml"
     config.write_text(CONFIG.format(dir=run, text=text, steps=a.every * (a.saves + 1), model=a.model, length=a.length, batch=a.batch,
                                     every=a.every, staging=staging, asynchronous=str(asynchronous).lower()))
