@@ -154,6 +154,11 @@ void File::Write(const void* data, int64_t bytes, int64_t at, const FullDisk& fu
   });
 }
 
+void File::BeginFlush(int64_t at, int64_t bytes) const {
+  // A hint: Flush waits for it, and says what went wrong.
+  sync_file_range(file_, at, bytes, SYNC_FILE_RANGE_WRITE);
+}
+
 void File::Append(const void* data, int64_t bytes, const FullDisk& full_disk) {
   PutAll(bytes, full_disk, [&](int64_t done) {
     return write(file_, static_cast<const char*>(data) + done, static_cast<size_t>(bytes - done));

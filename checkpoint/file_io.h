@@ -36,7 +36,8 @@ class File {
   void Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk);
   // Where the last one ended; at the end of a file that was opened to append.
   void Append(const void* data, int64_t bytes, const FullDisk& full_disk);
-  void Flush() const;  // to the disk
+  void BeginFlush(int64_t at, int64_t bytes) const;  // of what is written, behind its back
+  void Flush() const;                                // to the disk
 
  private:
   File(std::string path, int file) : path_(std::move(path)), file_(file) {}

@@ -103,7 +103,10 @@ void PartFile::Append(const void* data, int64_t bytes) {
 
 void PartFile::AppendToArray(const char* data, int64_t bytes) {
   const Hdf5Array& array = plan_.arrays[array_];
-  file_->Write(data, bytes, plan_.layout.offsets[array_] + done_, full_disk_);
+  const int64_t at = plan_.layout.offsets[array_] + done_;
+  file_->Write(data, bytes, at, full_disk_);
+  // The disk works while digests are taken, and not only at the end.
+  if (bytes > 0) file_->BeginFlush(at, bytes);
   XXH3_128bits_update(hash_->state, data, static_cast<size_t>(bytes));
   if (non_finite_.empty() && AnyNonFinite(array.dtype, data, bytes)) non_finite_ = array.name;
   done_ += bytes;

@@ -1,5 +1,7 @@
 #include "checkpoint/saver.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -159,7 +161,11 @@ void Saver::Begin(int64_t step, const StateDict& state) {
   staging_ = std::make_shared<Staging>(memory_, slot_bytes());
   copied_ =
       Behind([staging = staging_, sources = std::move(sources)] { staging->CopyAll(sources); });
-  part_ = Behind([this, step, staging = staging_] {
+  // Where nobody waits for what is written, it may take what computation leaves of the cores.
+  const bool unhurried = staging_bytes() >= plan_.data_bytes;
+  part_ = Behind([this, step, unhurried, staging = staging_] {
+    constexpr int kNice = 10;
+    if (unhurried) setpriority(PRIO_PROCESS, 0, kNice);  // of this thread; a hint
     try {
       return Write(step, *staging);
     } catch (...) {
