@@ -183,7 +183,10 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
   recipe.in_backward = false;
-  return Train(recipe, *MakeSelfCommunicator(), 1, order);
+  // On one thread, as ranks are: a second one would afterwards wait in their way.
+  Outcome outcome;
+  RunThreadRanks(1, 1, [&](Communicator& c) { outcome = Train(recipe, c, 1, order); });
+  return outcome;
 }
 
 inline double Difference(const std::vector<double>& a, const std::vector<double>& b) {
