@@ -12,18 +12,17 @@ char* DirectArrays::At(int r, size_t piece, int64_t element) const {
          element * static_cast<int64_t>(SizeOf(pieces[piece].dtype));
 }
 
-// op over the ranks of elements [begin, end), into these of this rank's arrays, of all ranks', or
-// one after the other to `elsewhere`.
-void DirectArrays::Reduce(ReduceOp op, int64_t begin, int64_t end, Into into,
+// op over the ranks of elements [begin, end), into these of this rank's arrays, of all ranks', or,
+// if given, one after the other to `elsewhere`.
+void DirectArrays::Reduce(ReduceOp op, int64_t begin, int64_t end, bool into_all,
                           char* elsewhere) const {
   std::vector<const void*> sources(peers.size());
   std::vector<void*> outs;
   ForRange(pieces, begin, end, [&](size_t p, int64_t first, int64_t count) {
     for (int r = 0; r < size(); ++r) sources[static_cast<size_t>(r)] = At(r, p, first);
-    outs = {into == Into::kElsewhere ? elsewhere : At(rank, p, first)};
-    if (into == Into::kElsewhere)
-      elsewhere += count * static_cast<int64_t>(SizeOf(pieces[p].dtype));
-    for (int r = 0; r < size() && into == Into::kAll; ++r)
+    outs = {elsewhere != nullptr ? elsewhere : At(rank, p, first)};
+    if (elsewhere != nullptr) elsewhere += count * static_cast<int64_t>(SizeOf(pieces[p].dtype));
+    for (int r = 0; r < size() && into_all; ++r)
       if (r != rank) outs.push_back(At(r, p, first));
     ReduceArrays(pieces[p].dtype, op, sources, outs, count);
   });
@@ -33,13 +32,12 @@ void DirectArrays::Reduce(ReduceOp op, int64_t begin, int64_t end, Into into,
 // nobody reads what another has overwritten.
 void DirectArrays::AllReduce(ReduceOp op) const {
   const int64_t n = Elements(pieces);
-  Reduce(op, ShardBegin(n, rank, size()), ShardBegin(n, rank + 1, size()), Into::kAll, nullptr);
+  Reduce(op, ShardBegin(n, rank, size()), ShardBegin(n, rank + 1, size()), true, nullptr);
 }
 
 void DirectArrays::ReduceScatter(std::span<const int64_t> bounds, char* into) const {
   const auto r = static_cast<size_t>(rank);
-  Reduce(ReduceOp::kSum, bounds[r], bounds[r + 1], into == nullptr ? Into::kMine : Into::kElsewhere,
-         into);
+  Reduce(ReduceOp::kSum, bounds[r], bounds[r + 1], false, into);
 }
 
 void DirectArrays::AllGather(std::span<const int64_t> bounds) const {

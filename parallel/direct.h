@@ -26,8 +26,7 @@ struct DirectArrays {
  private:
   int size() const { return static_cast<int>(peers.size()); }
   char* At(int r, size_t piece, int64_t element) const;
-  enum class Into { kMine, kAll, kElsewhere };
-  void Reduce(ReduceOp op, int64_t begin, int64_t end, Into into, char* elsewhere) const;
+  void Reduce(ReduceOp op, int64_t begin, int64_t end, bool into_all, char* elsewhere) const;
 };
 
 }  // namespace shoal

@@ -142,13 +142,14 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
   const auto rows = std::ranges::find_if_not(all, is(SequencePayload::kHeads));
   const auto back = std::ranges::find_if(rows, all.end(), is(SequencePayload::kHeadsResult));
   SequenceArrays share;
-  if (schedule.pass == SequencePass::kBackward) {
-    share.q = x.head_q;
-    share.k = x.head_k;
-    share.v = x.head_v;
-    share.out = x.head_out;
-    share.lse = x.head_lse;
-  }
+  using A = SequenceArrays;
+  constexpr std::pair<Tensor A::*, Tensor A::*> kKept[] = {{&A::q, &A::head_q},
+                                                           {&A::k, &A::head_k},
+                                                           {&A::v, &A::head_v},
+                                                           {&A::out, &A::head_out},
+                                                           {&A::lse, &A::head_lse}};
+  if (schedule.pass == SequencePass::kBackward)
+    for (const auto& [of_share, head] : kKept) share.*of_share = x.*head;
   const auto exchange = [&](SequencePayload payload, SequencePassBase::Actions actions) {
     MakeHeadsExchange(schedule, options, wire, rank, actions, payload, x, share)->Run();
   };
@@ -156,13 +157,8 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
   // dK and dV of several shares are rounded as a sum.
   MakeRowsPass(schedule, options, wire, schedule.GroupOf(rank), {rows, back}, false, share)->Run();
   exchange(SequencePayload::kHeadsResult, {back, all.end()});
-  if (schedule.pass == SequencePass::kForward) {
-    x.head_q = share.q;
-    x.head_k = share.k;
-    x.head_v = share.v;
-    x.head_out = share.out;
-    x.head_lse = share.lse;
-  }
+  if (schedule.pass == SequencePass::kForward)
+    for (const auto& [of_share, head] : kKept) x.*head = share.*of_share;
 }
 
 }  // namespace

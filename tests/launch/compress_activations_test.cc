@@ -10,23 +10,6 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-struct Result {
-  Outcome outcome;
-  int64_t activations = 0;
-};
-
-Result TrainOn(const Recipe& recipe, int ranks = 1, int64_t micro_batches = 1) {
-  Result result;
-  RunThreadRanks(ranks, 1, [&](Communicator& c) {
-    Outcome outcome = Train(recipe, c, micro_batches, InOrder());
-    if (c.rank() != 0) return;
-    result.outcome = std::move(outcome);
-    result.activations = ExecutionContext::Current().allocator()->stats().peak[static_cast<size_t>(
-        MemoryClass::kActivations)];
-  });
-  return result;
-}
-
 // Bytes of a row of n values.
 int64_t RowBytes(ActivationFormat format, DType dtype, int64_t n) {
   switch (format) {
@@ -52,7 +35,7 @@ TEST(CompressedActivations, WhatIsKept) {
         const ModelConfig c = Model(recipe);
         const auto peak = [&](int layers) {
           recipe.layers = layers;
-          return TrainOn(recipe).activations;
+          return TrainOn(recipe, 1, 1).peak(MemoryClass::kActivations);
         };
         const int64_t block = (peak(7) - peak(4)) / (3 * tokens);
         const auto row = [&](int64_t n) { return RowBytes(format, dtype, n); };
@@ -70,17 +53,14 @@ TEST(CompressedActivations, WhatIsKept) {
 TEST(CompressedActivations, ChangeGradientsLittle) {
   for (const char* model : {"llama", "gpt2"}) {
     Recipe recipe = {.model = model, .optimizer = "sgd", .lr = 0.1, .length = 16, .steps = 1};
-    const Outcome start = TrainOn([&] {
-                            Recipe still = recipe;
-                            still.lr = 0;
-                            return still;
-                          }())
-                              .outcome;
-    const Outcome exact = TrainOn(recipe).outcome;
+    Recipe still = recipe;
+    still.lr = 0;
+    const Outcome start = TrainOn(still, 1, 1).outcome;
+    const Outcome exact = TrainOn(recipe, 1, 1).outcome;
     // In the 2-norm over all parameters, of the update.
     const auto error = [&](ActivationFormat format) {
       recipe.compress = format;
-      const Outcome rounded = TrainOn(recipe).outcome;
+      const Outcome rounded = TrainOn(recipe, 1, 1).outcome;
       EXPECT_EQ(rounded.losses, exact.losses);
       double off = 0, all = 0;
       for (size_t i = 0; i < exact.parameters.size(); ++i) {
@@ -131,11 +111,11 @@ TEST(CompressedActivations, SameNumbersOverLayouts) {
 TEST(CompressedActivations, InAFile) {
   Recipe recipe = {.model = "llama", .dtype = DType::kF32, .length = 64, .steps = 2};
   recipe.compress = ActivationFormat::kInt8;
-  const Result here = TrainOn(recipe);
+  const Measured here = TrainOn(recipe, 1, 1);
   recipe.activations_dir = ::testing::TempDir();
-  const Result there = TrainOn(recipe);
+  const Measured there = TrainOn(recipe, 1, 1);
   EXPECT_TRUE(here.outcome.parameters == there.outcome.parameters);
-  EXPECT_LT(there.activations, here.activations);
+  EXPECT_LT(there.peak(MemoryClass::kActivations), here.peak(MemoryClass::kActivations));
 }
 
 }  // namespace

@@ -167,10 +167,30 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
   return Train(recipe, communicator, micro_batches, order, Options(recipe));
 }
 
+struct Measured {
+  Outcome outcome;
+  MemoryStats memory;  // rank 0's
+  int64_t peak(MemoryClass c) const { return memory.peak[static_cast<size_t>(c)]; }
+};
+
 inline std::vector<int64_t> InOrder() {
   std::vector<int64_t> order(kSequences);
   std::iota(order.begin(), order.end(), 0);
   return order;
+}
+
+// On ranks of one thread each.
+inline Measured TrainOn(const Recipe& recipe, int ranks, int64_t micro_batches,
+                        int64_t bucket_bytes = ZeroOptions().bucket_bytes) {
+  Measured measured;
+  RunThreadRanks(ranks, 1, [&](Communicator& c) {
+    TrainingOptions options = Options(recipe);
+    options.bucket_bytes = bucket_bytes;
+    Outcome outcome = Train(recipe, c, micro_batches, InOrder(), options);
+    if (c.rank() == 0)
+      measured = {std::move(outcome), ExecutionContext::Current().allocator()->stats()};
+  });
+  return measured;
 }
 
 inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrder()) {

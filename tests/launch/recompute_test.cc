@@ -13,27 +13,6 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-struct Result {
-  Outcome outcome;
-  int64_t activations = 0, communication = 0;  // rank 0's peaks
-};
-
-Result TrainOn(const Recipe& recipe, int ranks, int64_t micro_batches,
-               int64_t bucket_bytes = ZeroOptions().bucket_bytes) {
-  Result result;
-  RunThreadRanks(ranks, 1, [&](Communicator& c) {
-    TrainingOptions options = Options(recipe);
-    options.bucket_bytes = bucket_bytes;
-    Outcome outcome = Train(recipe, c, micro_batches, InOrder(), options);
-    if (c.rank() != 0) return;
-    result.outcome = std::move(outcome);
-    const MemoryStats stats = ExecutionContext::Current().allocator()->stats();
-    result.activations = stats.peak[static_cast<size_t>(MemoryClass::kActivations)];
-    result.communication = stats.peak[static_cast<size_t>(MemoryClass::kCommunication)];
-  });
-  return result;
-}
-
 // The replay does what the first forward did, dropout included: not one bit differs, under any
 // layout.
 TEST(Recompute, IsTheSameToTheBit) {
@@ -42,19 +21,20 @@ TEST(Recompute, IsTheSameToTheBit) {
     recipe.layers = 4;
     const auto both = [&](int ranks, int64_t micro_batches) {
       recipe.recompute = false;
-      const Result kept = TrainOn(recipe, ranks, micro_batches);
+      const Measured kept = TrainOn(recipe, ranks, micro_batches);
       recipe.recompute = true;
-      const Result again = TrainOn(recipe, ranks, micro_batches);
+      const Measured again = TrainOn(recipe, ranks, micro_batches);
       EXPECT_TRUE(kept.outcome.losses == again.outcome.losses);
       EXPECT_TRUE(kept.outcome.parameters == again.outcome.parameters);
-      EXPECT_LT(again.activations, 0.75 * static_cast<double>(kept.activations));
+      EXPECT_LT(again.peak(MemoryClass::kActivations),
+                0.75 * static_cast<double>(kept.peak(MemoryClass::kActivations)));
       recipe.recompute = false;
       recipe.selective = true;
-      const Result cheap = TrainOn(recipe, ranks, micro_batches);
+      const Measured cheap = TrainOn(recipe, ranks, micro_batches);
       EXPECT_TRUE(kept.outcome.losses == cheap.outcome.losses);
       EXPECT_TRUE(kept.outcome.parameters == cheap.outcome.parameters);
       // Where weights' gradients are computed later, what they need is alive at the peak.
-      EXPECT_LE(cheap.activations, kept.activations);
+      EXPECT_LE(cheap.peak(MemoryClass::kActivations), kept.peak(MemoryClass::kActivations));
       recipe.selective = false;
     };
     both(1, 1);
@@ -79,7 +59,7 @@ TEST(Recompute, WhatIsKept) {
     const auto per_block = [&] {
       const auto peak = [&](int layers) {
         recipe.layers = layers;
-        return TrainOn(recipe, 1, 1).activations;
+        return TrainOn(recipe, 1, 1).peak(MemoryClass::kActivations);
       };
       EXPECT_EQ((peak(7) - peak(4)) % (3 * tokens), 0);
       return (peak(7) - peak(4)) / (3 * tokens);
@@ -152,22 +132,24 @@ TEST(PartitionedActivations, TakeLessMemory) {
   Recipe recipe = {.model = "llama", .dtype = DType::kF32, .length = 16, .steps = 2, .tp = 3};
   recipe.layers = 6;
   recipe.recompute = true;
-  const Result whole = TrainOn(recipe, 3, 1);
+  const Measured whole = TrainOn(recipe, 3, 1);
   recipe.partition_activations = true;
-  const Result parts = TrainOn(recipe, 3, 1);
+  const Measured parts = TrainOn(recipe, 3, 1);
   EXPECT_TRUE(whole.outcome.parameters == parts.outcome.parameters);
   // All six inputs are kept in parts; one is whole again while its block is recomputed, and the
   // last one is remembered.
   const int64_t input = kSequences * 16 * Model(recipe).d_model * 4;
-  EXPECT_LE(parts.activations, whole.activations - 4 * input * 2 / 3);
+  EXPECT_LE(parts.peak(MemoryClass::kActivations),
+            whole.peak(MemoryClass::kActivations) - 4 * input * 2 / 3);
   // Where values lie apart by tokens, there is nothing left to part but what was gathered.
   recipe.sequence_parallel = true;
   recipe.recompute = recipe.partition_activations = false;
-  const Result gathered = TrainOn(recipe, 3, 1);
+  const Measured gathered = TrainOn(recipe, 3, 1);
   recipe.partition_activations = true;
-  const Result regathered = TrainOn(recipe, 3, 1);
+  const Measured regathered = TrainOn(recipe, 3, 1);
   EXPECT_TRUE(gathered.outcome.parameters == regathered.outcome.parameters);
-  EXPECT_LT(regathered.activations, 0.85 * static_cast<double>(gathered.activations));
+  EXPECT_LT(regathered.peak(MemoryClass::kActivations),
+            0.85 * static_cast<double>(gathered.peak(MemoryClass::kActivations)));
 }
 
 // Kept in a file they are the same bits, in less memory; ZeRO-R's Pa to the host is both.
@@ -175,24 +157,26 @@ TEST(OffloadedActivations, TakeLessMemory) {
   // What the ranks keep must be large enough to be worth a page.
   Recipe recipe = {.model = "llama", .dtype = DType::kF32, .length = 64, .steps = 2};
   recipe.layers = 6;
-  const Result here = TrainOn(recipe, 1, 1);
+  const Measured here = TrainOn(recipe, 1, 1);
   recipe.activations_dir = ::testing::TempDir();
-  const Result there = TrainOn(recipe, 1, 1);
+  const Measured there = TrainOn(recipe, 1, 1);
   EXPECT_TRUE(here.outcome.parameters == there.outcome.parameters);
-  EXPECT_LT(there.activations, 0.5 * static_cast<double>(here.activations));
+  EXPECT_LT(there.peak(MemoryClass::kActivations),
+            0.5 * static_cast<double>(here.peak(MemoryClass::kActivations)));
   // Two tensors of every block stay beside those in use; not one more for each layer.
   recipe.layers = 12;
-  const Result deeper = TrainOn(recipe, 1, 1);
-  EXPECT_LT(deeper.activations, 1.2 * static_cast<double>(there.activations));
+  const Measured deeper = TrainOn(recipe, 1, 1);
+  EXPECT_LT(deeper.peak(MemoryClass::kActivations),
+            1.2 * static_cast<double>(there.peak(MemoryClass::kActivations)));
   recipe.layers = 6;
   recipe.tp = 2;
   recipe.recompute = true;
   recipe.partition_activations = true;
-  const Result parts_there = TrainOn(recipe, 2, 3);
+  const Measured parts_there = TrainOn(recipe, 2, 3);
   recipe.activations_dir.clear();
-  const Result parts = TrainOn(recipe, 2, 3);
+  const Measured parts = TrainOn(recipe, 2, 3);
   EXPECT_TRUE(parts.outcome.parameters == parts_there.outcome.parameters);
-  EXPECT_LT(parts_there.activations, parts.activations);
+  EXPECT_LT(parts_there.peak(MemoryClass::kActivations), parts.peak(MemoryClass::kActivations));
   EXPECT_THROW(
       {
         recipe.activations_dir = "/nowhere";
@@ -206,7 +190,7 @@ TEST(ConstantBuffers, BoundWhatIsOnItsWay) {
   const auto peak = [](int layers, int64_t bytes) {
     Recipe recipe = {.model = "llama", .dtype = DType::kF32, .steps = 1, .zero_stage = 2};
     recipe.layers = layers;
-    return TrainOn(recipe, 2, 1, bytes).communication;
+    return TrainOn(recipe, 2, 1, bytes).peak(MemoryClass::kCommunication);
   };
   const int64_t bucket = 20000, largest = int64_t{65} * 24 * 4;
   EXPECT_EQ(peak(4, bucket), peak(12, bucket));

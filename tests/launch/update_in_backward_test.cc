@@ -9,35 +9,13 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-struct Result {
-  Outcome outcome;
-  MemoryStats memory;  // rank 0's
-};
-
-Result TrainOn(Recipe recipe, int ranks, int64_t micro_batches, int64_t bucket_bytes) {
-  Result result;
-  recipe.unclipped = true;
-  RunThreadRanks(ranks, 1, [&](Communicator& c) {
-    TrainingOptions options = Options(recipe);
-    options.bucket_bytes = bucket_bytes;
-    Outcome outcome = Train(recipe, c, micro_batches, InOrder(), options);
-    if (c.rank() != 0) return;
-    result.outcome = std::move(outcome);
-    result.memory = ExecutionContext::Current().allocator()->stats();
-  });
-  return result;
-}
-
-int64_t Gradients(const Result& result) {
-  return result.memory.peak[static_cast<size_t>(MemoryClass::kGradients)];
-}
-
 TEST(UpdateInBackward, IsTheSameToTheBit) {
   const auto same = [](Recipe recipe, int ranks, int64_t micro_batches) {
     recipe.steps = 3;
-    const Result after = TrainOn(recipe, ranks, micro_batches, 4000);
+    recipe.unclipped = true;
+    const Measured after = TrainOn(recipe, ranks, micro_batches, 4000);
     recipe.in_backward = true;
-    const Result inside = TrainOn(recipe, ranks, micro_batches, 4000);
+    const Measured inside = TrainOn(recipe, ranks, micro_batches, 4000);
     EXPECT_TRUE(after.outcome.losses == inside.outcome.losses);
     EXPECT_TRUE(after.outcome.norms == inside.outcome.norms);
     EXPECT_TRUE(after.outcome.parameters == inside.outcome.parameters)
@@ -77,8 +55,9 @@ TEST(UpdateInBackward, GradientsTakeAFewBuckets) {
     Recipe recipe = {.model = "llama", .dtype = DType::kF32, .steps = 2};
     recipe.layers = layers;
     recipe.in_backward = in_backward;
+    recipe.unclipped = true;
     recipe.zero_stage = stage;
-    return Gradients(TrainOn(recipe, ranks, 1, 20000));
+    return TrainOn(recipe, ranks, 1, 20000).peak(MemoryClass::kGradients);
   };
   EXPECT_EQ(peak(6, true, 1, 0), peak(12, true, 1, 0));
   EXPECT_LT(peak(12, true, 1, 0), peak(12, false, 1, 0) / 4);
