@@ -155,10 +155,8 @@ MappedFile::MappedFile(const std::string& dir, const std::string& what) {
     context_ = std::make_unique<ExecutionContext>(device);
     return;
   }
-  SHOAL_CHECK(device.type == DeviceType::kCpu, "offload", "no file is mapped into {} memory",
-              Name(device.type));
   mapping_ = std::make_shared<Mapping>(dir, what);
-  context_ = std::make_unique<ExecutionContext>(device, mapping_);
+  context_ = std::make_unique<ExecutionContext>(Device{}, mapping_);
 }
 
 MappedFile::~MappedFile() = default;

@@ -23,7 +23,7 @@ class MappedFile {
 
   // Tensors that are made while it is current lie in the file. Its space is taken at once, and used
   // again for a tensor of the same size: Error(kStorage) with the numbers if there is not enough.
-  // On `meta` they are only counted.
+  // They are the host's, whatever this rank computes on; on `meta` they are only counted.
   ExecutionContext& context() { return *context_; }
 
   // `views` are used next: begins to read them.

@@ -5,6 +5,7 @@
 #include "core/autograd.h"
 #include "core/base/philox.h"
 #include "kernels/attention.h"
+#include "kernels/embedding.h"
 #include "kernels/linear_cross_entropy.h"
 
 namespace shoal::ops {
@@ -49,8 +50,8 @@ AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& q_document, const Tensor& k_document,
                           const kernels::AttentionOptions& options);
 
-// table [V, D] at ids [...] -> [..., D].
-Tensor Embedding(const Tensor& table, const Tensor& ids);
+// table [V, D] at ids [...] -> [..., D]. Of a part of a table, zeros where the row is in another.
+Tensor Embedding(const Tensor& table, const Tensor& ids, const kernels::TablePart& part = {});
 
 // tokens i64 [M]: global token number of each row of x [M.., D]. p = 0 returns x.
 Tensor Dropout(const Tensor& x, const Tensor& tokens, double p, const PhiloxKey& key);

@@ -1,6 +1,7 @@
 // Named tensors with their place in the global whole: what checkpoints store and load. No I/O here.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,5 +27,11 @@ using StateDict = std::vector<StateEntry>;
 
 // The values of all parameters, named "model/" + their dotted names.
 StateDict ModelState(Module& root);
+
+// For I/O, which is the host's: `state` itself, or, where its tensors lie on a device, copies of
+// them in host memory.
+StateDict OnHost(const StateDict& state);
+// read(state) of such copies, whose values then become the tensors'.
+void ReadOnHost(const StateDict& state, const std::function<void(const StateDict&)>& read);
 
 }  // namespace shoal

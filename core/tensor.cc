@@ -157,7 +157,30 @@ Tensor Tensor::To(DType dtype, MemoryClass memory_class) const {
 }
 
 void Tensor::CopyFrom(const Tensor& source) const {
+  if constexpr (kHaveCuda) {
+    if (device() != source.device()) return CopyAcross(source);
+  }
   kernels::Copy(ExecutionContext::Current().stream(), view(), source.view());
+}
+
+// Between the host and a device, on whose stream this thread queues.
+void Tensor::CopyAcross(const Tensor& source) const {
+  SHOAL_CHECK(
+      dtype() == source.dtype() && shape() == source.shape() && contiguous() && source.contiguous(),
+      "copy", "between {} and {}: both must be contiguous, of one shape and dtype",
+      Name(source.device().type), Name(device().type));
+  const Stream& stream = ExecutionContext::Current().stream();
+  const bool to_device = device().type == DeviceType::kCuda;
+  SHOAL_CHECK(stream.device == (to_device ? device() : source.device()), "copy",
+              "this thread does not compute on the device");
+  if (numel() == 0) return;
+  if constexpr (kHaveCuda) {
+    if (to_device) {
+      cuda::CopyToDevice(stream.handle, view().data, source.view().data, bytes());
+    } else {
+      cuda::CopyToHost(stream.handle, view().data, source.view().data, bytes());
+    }
+  }
 }
 
 void Tensor::Fill(double value) const {

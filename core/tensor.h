@@ -120,7 +120,8 @@ class Tensor {
 
   Tensor Clone(MemoryClass memory_class = MemoryClass::kActivations) const;  // contiguous copy
   Tensor To(DType dtype, MemoryClass memory_class = MemoryClass::kActivations) const;
-  void CopyFrom(const Tensor& source) const;  // converts; same shape
+  // Same shape; converts. Between the host and this thread's device contiguous, of one dtype.
+  void CopyFrom(const Tensor& source) const;
   void Fill(double value) const;
 
   // Waits for the device. On `meta` the values are zeros.
@@ -147,6 +148,7 @@ class Tensor {
   static Tensor FromHost(const void* values, size_t count, const Dims& shape, DType dtype,
                          MemoryClass memory_class);
   Impl Detach() const;
+  void CopyAcross(const Tensor& source) const;
 
   std::shared_ptr<Impl> impl_;
 };

@@ -34,4 +34,13 @@ inline void CheckArray(const char* op, const char* name, const View& v, const Di
   CheckPresent(op, name, v);
 }
 
+// `out` [N] and `x` [P, N], P > 0, of one float dtype; x's rows are contiguous.
+inline void CheckRows(const char* op, const View& out, const View& x) {
+  CheckRank(op, "x", x, 2);
+  SHOAL_CHECK(x.dim(0) > 0 && IsFloat(x.dtype) && (x.dim(1) <= 1 || x.strides[1] == 1), op,
+              "x is {} of shape {}, strides {}", ::shoal::Name(x.dtype), x.shape.ToString(),
+              x.strides.ToString());
+  CheckArray(op, "out", out, {x.dim(1)}, x.dtype);
+}
+
 }  // namespace shoal::kernels

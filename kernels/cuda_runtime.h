@@ -17,6 +17,9 @@ void DestroyStream(void* stream);
 // can see: for a token id or a label out of range the kernel wrote NaN, and this throws
 // Error(kData).
 void Synchronize(void* stream);
+// What is queued on the stream so far, for WaitFor to wait for its end; each is waited for once.
+void* Mark(void* stream);
+void WaitFor(void* mark);
 // Queued on the stream. Host memory is pageable: to the host they have finished on return.
 void CopyToDevice(void* stream, void* device_data, const void* host_data, size_t bytes);
 void CopyToHost(void* stream, void* host_data, const void* device_data, size_t bytes);

@@ -167,6 +167,10 @@ int RunRanks(const RunOptions& options, const std::function<int(Communicator&)>&
       });
       ExecutionContext context(device);
       const ContextScope scope(context);
+      if (device.type == DeviceType::kCuda && communicator->size() > 1) {
+        const std::unique_ptr<Communicator> gpus = MakeNcclCommunicator(communicator->Duplicate());
+        return f(*gpus);
+      }
       communicator->ShareMemory();
       return f(*communicator);
     });

@@ -78,6 +78,7 @@ struct ZeroConfig {
   int64_t stage = 0;
   std::optional<int64_t> shard_ranks;  // left out: all that share parameters
   int64_t bucket = int64_t{8} << 20;   // bytes
+  bool contiguous_gradients = false;
   std::string offload = "none";
   std::optional<std::string> offload_dir;  // left out: on the disk of run.dir
   bool operator==(const ZeroConfig&) const = default;

@@ -245,6 +245,11 @@ void CheckSupported(const Config& config) {
                "optim.clip {} and optim.non_finite \"{}\" need: set optim.clip = 0 and "
                "optim.non_finite = \"halt\", or leave optim.in_backward out",
                config.optim.clip, config.optim.non_finite);
+  if (config.zero.contiguous_gradients && (config.zero.stage < 2 || config.optim.in_backward))
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "zero.contiguous_gradients is of the shares that zero.stage 2 and 3 keep until an "
+               "update after backward (here stage {}, optim.in_backward = {}): leave it out",
+               config.zero.stage, config.optim.in_backward);
   const auto later = [](bool wanted, const std::string& what) {
     if (wanted)
       SHOAL_FAIL(ErrorKind::kConfig, "config", "{}: this version of Shoal does not have it yet",

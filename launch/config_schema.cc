@@ -149,7 +149,12 @@ std::vector<ConfigKey> BuildSchema() {
           .In(1, kDegree)
           .LeftOut("all data-parallel ranks"),
       KEY(zero, bucket, "gradients that are exchanged at once, below stage 3").Bytes(),
-      KEY(zero, offload, "where optimizer states live").OneOf({"none", "host", "file"}),
+      KEY(zero, contiguous_gradients,
+          "stages 2 and 3: gradient shares in one array, so that memory has fewer holes"),
+      KEY(zero, offload,
+          "where optimizer states live; a GPU's are then updated by the host. On CPU ranks host is "
+          "where they are anyhow")
+          .OneOf({"none", "host", "file"}),
       KEY(zero, offload_dir,
           "folder of the files for states and activations, which have no name there")
           .LeftOut("the disk of run.dir"),
@@ -184,7 +189,9 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(memory, overcommit, "start even if the plan's peak is more than there is"),
       KEY(memory, partition_activations,
           "tensor-parallel ranks keep parts of what all of them would keep"),
-      KEY(memory, offload_activations, "where what backward needs lives between the passes")
+      KEY(memory, offload_activations,
+          "where what backward needs lives between the passes. On CPU ranks host is where it is "
+          "anyhow")
           .OneOf({"none", "host", "file"}),
       KEY(memory, compress_activations,
           "what backward needs is kept in fewer bits: in bf16, or in 8 bits with a scale for each "

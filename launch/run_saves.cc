@@ -75,7 +75,7 @@ void RunSaves::Begin(const SaveInfo& info) {
   under_way_ = UnderWay{info, Clock::now()};
   {
     const Waiting waiting(under_way_);
-    Agree(communicator_, [&] { saver_->Begin(info.step, step_.State(true)); });
+    Agree(communicator_, [&] { saver_->Begin(info.step, OnHost(step_.State(true))); });
   }
   if (!config_.async) Finish();
 }

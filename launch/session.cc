@@ -87,11 +87,13 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.zero_stage = static_cast<int>(config.zero.stage);
   options.shard_ranks = static_cast<int>(config.zero.shard_ranks.value_or(0));
   options.bucket_bytes = config.zero.bucket;
-  // A CPU rank's states are in the host's memory as they are. A file has no name: it need not lie
-  // in run.dir, which is made last.
+  // A file has no name: it need not lie in run.dir, which is made last.
   const std::string files = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
   options.update_in_backward = config.optim.in_backward;
+  options.contiguous_gradients = config.zero.contiguous_gradients;
+  options.offload_host = config.zero.offload == "host";
   if (config.zero.offload == "file") options.offload_dir = files;
+  options.activations_host = config.memory.offload_activations == "host";
   if (config.memory.offload_activations == "file") options.activations_dir = files;
   options.compress_activations = ParseActivationFormat(config.memory.compress_activations);
   if (config.memory.recompute == "full" || config.memory.recompute == "selective")
@@ -261,11 +263,13 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
   for (const auto& p : loaded.model->Parameters())
     p->Materialize(compute.value_or(ComputeDType(loaded.config)));
   const StateDict weights = ModelState(*loaded.model);
-  if (theirs) {
-    theirs->Load(weights);
-  } else {
-    LoadState(save, weights);
-  }
+  ReadOnHost(weights, [&](const StateDict& host) {
+    if (theirs) {
+      theirs->Load(host);
+    } else {
+      LoadState(save, host);
+    }
+  });
   return loaded;
 }
 
@@ -283,11 +287,13 @@ void LoadWeights(const Config& config, TrainingStep& step) {
   if (!config.model.from) return;
   StateDict weights = step.State();
   std::erase_if(weights, [](const StateEntry& e) { return !e.name.starts_with("model/"); });
-  if (IsHuggingFace(*config.model.from)) {
-    HuggingFaceModel(*config.model.from).Load(weights);
-  } else {
-    LoadState(*config.model.from, weights);
-  }
+  ReadOnHost(weights, [&](const StateDict& host) {
+    if (IsHuggingFace(*config.model.from)) {
+      HuggingFaceModel(*config.model.from).Load(host);
+    } else {
+      LoadState(*config.model.from, host);
+    }
+  });
 }
 
 Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,

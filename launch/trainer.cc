@@ -250,7 +250,7 @@ void Run::LoadSave() {
                      "Restore it, or start a new run with model.from = \"{}\"",
                      config_.data.path, save);
         }
-        LoadState(save, step_->State());
+        ReadOnHost(step_->State(), [&](const StateDict& state) { LoadState(save, state); });
       }));
   step_->optimizer().set_step(info.updates);
   step_->optimizer().ShareValues();

@@ -110,6 +110,10 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   if (!options.activations_dir.empty())
     keep_ =
         OffloadActivations(std::make_shared<MappedFile>(options.activations_dir, "activations"));
+  // On the CPU host memory is where they are anyhow.
+  else if (options.activations_host &&
+           ExecutionContext::Current().device().type == DeviceType::kCuda)
+    keep_ = OffloadActivationsToHost();
   if (options.compress_activations != ActivationFormat::kOwn)
     keep_ = CompressActivations(options.compress_activations, keep_);
   if (!options.recompute.empty()) {
@@ -128,6 +132,8 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   zero.shard_ranks = options.shard_ranks;
   zero.bucket_bytes = options.bucket_bytes;
   zero.offload_dir = options.offload_dir;
+  zero.offload_host = options.offload_host;
+  zero.contiguous_gradients = options.contiguous_gradients;
   zero.in_backward = options.update_in_backward;
   zero.compute = options.compute;
   zero.gradients = options.gradients;

@@ -29,8 +29,10 @@ struct TrainingOptions {
   int shard_ranks = 0;  // see ZeroOptions
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   bool update_in_backward = false;  // each bucket when its gradient is final: no clipping
-  std::string offload_dir;          // of the optimizer's states; empty: they are in memory
-  std::string activations_dir;      // of activations between forward and backward; the same
+  bool contiguous_gradients = false;
+  bool offload_host = false;    // the optimizer's states; see ZeroOptions
+  std::string offload_dir;      // of the optimizer's states; empty: they are in memory
+  std::string activations_dir;  // of activations between forward and backward; the same
   ActivationFormat compress_activations = ActivationFormat::kOwn;
   // How backward gets the activations of this many of a rank's blocks, from its first.
   struct Recompute {

@@ -1,6 +1,6 @@
-// Activations outside memory between forward and backward: what ops keep is written to a file that
-// is mapped into memory, and read back one tensor ahead in the reverse order. Tensors that are
-// smaller than a page's worth of trouble stay.
+// Activations elsewhere between forward and backward: what ops keep goes to host memory (of ranks
+// that compute on a device), or to a file that is mapped into it, read back one tensor ahead in the
+// reverse order. Tensors that are smaller than a page's worth of trouble stay.
 #pragma once
 
 #include <memory>
@@ -10,7 +10,7 @@
 
 namespace shoal {
 
-// `file` must outlive the graphs whose tensors it holds.
 SavedTensorHooks OffloadActivations(std::shared_ptr<MappedFile> file);
+SavedTensorHooks OffloadActivationsToHost();
 
 }  // namespace shoal

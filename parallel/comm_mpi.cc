@@ -15,8 +15,8 @@
 #include <numeric>
 
 #include "core/context.h"
+#include "kernels/reduce_arrays.h"
 #include "parallel/pieces.h"
-#include "parallel/reduce_arrays.h"
 #include "parallel/shared_window.h"
 #include "parallel/watchdog.h"
 
@@ -336,7 +336,7 @@ class MpiCommunicator : public Communicator {
           const int64_t at = first - to[static_cast<size_t>(r)];
           if (into == nullptr) parts.resize(static_cast<size_t>(count * width));
           void* const outs[] = {into != nullptr ? into + at * width : parts.data()};
-          ReduceArrays(dtype, op, sources, outs, count);
+          kernels::cpu::ReduceArrays(dtype, op, sources, outs, count);
           if (into == nullptr) Cursor(pieces, mine + at).CopyOut(count, parts.data());
           sources.clear();
         });

@@ -5,8 +5,10 @@
 #include <exception>
 #include <mutex>
 
+#include "core/base/build_config.h"
 #include "core/base/error.h"
 #include "core/context.h"
+#include "kernels/cuda_runtime.h"
 
 namespace shoal {
 
@@ -55,6 +57,15 @@ CommQueue::Ticket CommQueue::Post(std::function<void()> work) {
   if (!thread_.joinable()) {
     work();
     return posted_;
+  }
+  if constexpr (kHaveCuda) {
+    // The kernels before it are queued, and may not have run.
+    const Stream& stream = ExecutionContext::Current().stream();
+    if (stream.device.type == DeviceType::kCuda)
+      work = [mark = cuda::Mark(stream.handle), work = std::move(work)] {
+        cuda::WaitFor(mark);
+        work();
+      };
   }
   {
     const std::lock_guard lock(state_->mutex);

@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <numeric>
 
+#include "core/context.h"
+#include "kernels/copy.h"
 #include "parallel/pieces.h"
 
 namespace shoal {
@@ -37,6 +38,7 @@ class SelfCommunicator : public Communicator {
   void DoSend(const View&, int) override {}
   void DoReceive(const View&, int) override {}
   std::vector<std::string> DoAllGatherStrings(const std::string& mine) override { return {mine}; }
+  bool Moves(DeviceType) const override { return true; }
 };
 
 // Counts what a rank of a group would send, and moves nothing: the planner runs the training step
@@ -61,21 +63,14 @@ class MetaCommunicator : public SelfCommunicator {
   int rank_, size_;
 };
 
-// Elements of contiguous arrays of one dtype in memory that this build of communicators can move.
-int64_t CheckPieces(const char* op, std::span<const View> pieces) {
-  int64_t elements = 0;
-  for (const View& piece : pieces) {
-    SHOAL_CHECK(piece.contiguous() && piece.dtype == pieces[0].dtype, op,
-                "pieces must be contiguous and of one dtype");
-    SHOAL_CHECK(piece.device.type == DeviceType::kCpu || piece.device.type == DeviceType::kMeta, op,
-                "this communicator moves host memory, not {}", Name(piece.device.type));
-    elements += piece.numel();
-  }
-  return elements;
-}
-
 void CheckFloat(const char* op, DType dtype) {
   SHOAL_CHECK(IsFloat(dtype), op, "no sums of {}", Name(dtype));
+}
+
+// For a group of one, whose calls run in the thread that computes.
+void CopyHere(const View& to, const View& from) {
+  kernels::Copy(ExecutionContext::Current().stream(), Part(to, 0, to.numel()),
+                Part(from, 0, from.numel()));
 }
 
 std::vector<int64_t> Bounds(const char* op, std::span<const int64_t> given, int64_t elements,
@@ -105,6 +100,20 @@ std::vector<int64_t> ShardBounds(int64_t n, int size) {
   std::vector<int64_t> bounds;
   for (int r = 0; r <= size; ++r) bounds.push_back(ShardBegin(n, r, size));
   return bounds;
+}
+
+// Elements of contiguous arrays of one dtype where this communicator can move them.
+int64_t Communicator::CheckPieces(const char* op, std::span<const View> pieces) const {
+  int64_t elements = 0;
+  for (const View& piece : pieces) {
+    SHOAL_CHECK(
+        piece.contiguous() && piece.dtype == pieces[0].dtype && piece.device == pieces[0].device,
+        op, "pieces must be contiguous, of one dtype and on one device");
+    SHOAL_CHECK(Moves(piece.device.type), op, "this communicator moves host memory, not {}",
+                Name(piece.device.type));
+    elements += piece.numel();
+  }
+  return elements;
 }
 
 bool Communicator::Count(int64_t bytes, Traffic traffic, const View& like) {
@@ -139,7 +148,14 @@ void Communicator::ReduceScatter(std::span<const View> pieces, std::span<const i
   const auto width = static_cast<int64_t>(SizeOf(pieces[0].dtype));
   if (!Count(sent * width, traffic, pieces[0]) || elements == 0) return;
   const KernelTimer timer(profile_, "ReduceScatter");
-  if (size() == 1) return Cursor(pieces).CopyIn(elements, into.as<char>());
+  if (size() == 1) {
+    int64_t at = 0;
+    for (const View& piece : pieces) {
+      CopyHere(Part(into, at, piece.numel()), piece);
+      at += piece.numel();
+    }
+    return;
+  }
   DoReduceScatter(pieces, b, into.as<char>());
 }
 
@@ -182,10 +198,7 @@ void Communicator::AllToAll(const View& send, std::span<const int64_t> send_coun
   const auto width = static_cast<int64_t>(SizeOf(send.dtype));
   if (!Count((send.numel() - send_counts[me]) * width, traffic, send)) return;
   const KernelTimer timer(profile_, "AllToAll");
-  if (size() == 1) {
-    if (send.numel() > 0) std::memcpy(receive.data, send.data, send.bytes());
-    return;
-  }
+  if (size() == 1) return CopyHere(receive, send);
   DoAllToAll(send, send_counts, receive, receive_counts);
 }
 

@@ -1,6 +1,6 @@
 // A group of ranks and what they can do together. Every call is collective: all ranks of the group
 // make the same calls in the same order. Calls block until this rank's part is done and its buffers
-// may be used again; CommQueue runs them behind computation. A group of one is the same code path
+// may be used again (on a GPU: by what is queued next); CommQueue runs them behind computation. A group of one is the same code path
 // and moves nothing.
 //
 // Several arrays count as one, their concatenation. Where each rank has a share of it, the shares
@@ -22,10 +22,10 @@
 #include "core/base/kernel_profile.h"
 #include "core/base/view.h"
 #include "core/placement.h"
+#include "kernels/reduce_arrays.h"
 
 namespace shoal {
 
-enum class ReduceOp { kSum, kMax };
 // Tensors, or scalars that steer the run. kAhead: tensors that whoever put the call in a queue has
 // counted then (AllGatherBytes), so that a count does not depend on how far the queue is.
 enum class Traffic { kData, kControl, kAhead };
@@ -122,8 +122,11 @@ class Communicator {
   virtual void DoSend(const View& data, int to) = 0;
   virtual void DoReceive(const View& data, int from) = 0;
   virtual std::vector<std::string> DoAllGatherStrings(const std::string& mine) = 0;
+  // Whether it moves what lies on such a device.
+  virtual bool Moves(DeviceType type) const { return type != DeviceType::kCuda; }
 
  private:
+  int64_t CheckPieces(const char* op, std::span<const View> pieces) const;
   double Scalar(double value, ReduceOp op);
   // Counts `bytes` as sent. True if there is anything to move.
   bool Count(int64_t bytes, Traffic traffic, const View& like);
@@ -154,5 +157,12 @@ void RunThreadRanks(int ranks, int threads_per_rank, const std::function<void(Co
 // `shared_memory` false: as if the ranks did not share a host.
 std::unique_ptr<Communicator> MakeMpiCommunicator(bool shared_memory = true);
 std::string MpiDescription();  // the library's version; empty in a build without MPI
+
+// The ranks of `host`, each of which computes on the CUDA device of its current context: arrays on
+// the device go from device to device (NCCL), others and all else through `host`. In a thread that
+// computes on that device a call is queued on its stream, in order with its kernels; in any other
+// thread (CommQueue's) it returns when it is done. Collective. Error(kConfig) in a build without
+// NCCL.
+std::unique_ptr<Communicator> MakeNcclCommunicator(std::unique_ptr<Communicator> host);
 
 }  // namespace shoal

@@ -2,8 +2,8 @@
 
 #include <cstring>
 
+#include "kernels/reduce_arrays.h"
 #include "parallel/pieces.h"
-#include "parallel/reduce_arrays.h"
 
 namespace shoal {
 
@@ -24,7 +24,7 @@ void DirectArrays::Reduce(ReduceOp op, int64_t begin, int64_t end, bool into_all
     if (elsewhere != nullptr) elsewhere += count * static_cast<int64_t>(SizeOf(pieces[p].dtype));
     for (int r = 0; r < size() && into_all; ++r)
       if (r != rank) outs.push_back(At(r, p, first));
-    ReduceArrays(pieces[p].dtype, op, sources, outs, count);
+    kernels::cpu::ReduceArrays(pieces[p].dtype, op, sources, outs, count);
   });
 }
 

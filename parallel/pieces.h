@@ -15,6 +15,12 @@ inline int64_t Elements(std::span<const View> pieces) {
   return n;
 }
 
+// Elements [begin, begin + count) of a contiguous array.
+inline View Part(const View& array, int64_t begin, int64_t count) {
+  const int64_t at = begin * static_cast<int64_t>(SizeOf(array.dtype));
+  return {array.as<char>() + at, array.dtype, {count}, array.device};
+}
+
 inline int64_t LongestShare(std::span<const int64_t> bounds) {
   int64_t longest = 0;
   for (size_t r = 1; r < bounds.size(); ++r) longest = std::max(longest, bounds[r] - bounds[r - 1]);

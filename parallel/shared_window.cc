@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/reduce_arrays.h"
 #include "parallel/pieces.h"
-#include "parallel/reduce_arrays.h"
 
 namespace shoal {
 namespace {
@@ -100,7 +100,7 @@ void SharedWindow::AllReduce(std::span<const View> pieces, ReduceOp op) {
       for (int r = 0; r < size_; ++r) sources[static_cast<size_t>(r)] = Staging(r) + place;
       sources[static_cast<size_t>(rank_)] = memory;
       void* const outs[] = {memory, Sums(buffer_) + place};
-      ReduceArrays(pieces[0].dtype, op, sources, outs, bytes / width);
+      kernels::cpu::ReduceArrays(pieces[0].dtype, op, sources, outs, bytes / width);
     });
     sum.Skip(n - to);
     if (begin > 0) copy_out(chunk);
@@ -131,7 +131,7 @@ void SharedWindow::ReduceScatter(std::span<const View> pieces, std::span<const i
         sources[static_cast<size_t>(r)] = Staging(r) + rank_ * part * width + offset;
       sources[static_cast<size_t>(rank_)] = memory;
       void* const outs[] = {into != nullptr ? into + at * width + offset : memory};
-      ReduceArrays(pieces[0].dtype, ReduceOp::kSum, sources, outs, bytes / width);
+      kernels::cpu::ReduceArrays(pieces[0].dtype, ReduceOp::kSum, sources, outs, bytes / width);
     });
   }
 }

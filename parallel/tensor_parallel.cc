@@ -113,19 +113,7 @@ class ShardedEmbedding : public Embedding {
 
   Tensor Forward(const Tensor& ids) override {
     const Parameter& p = *weight();
-    const int64_t begin = p.offset()[0], end = begin + p.shape()[0], all = p.global_shape()[0];
-    const Tensor here = ids.Clone();
-    if (ids.device().type == DeviceType::kCpu) {
-      int32_t* id = here.data<int32_t>();
-      for (int64_t i = 0; i < ids.numel(); ++i) {
-        if (id[i] < 0 || id[i] >= all)
-          SHOAL_FAIL(ErrorKind::kData, "embedding",
-                     "token {} has id {}, but the vocabulary is [0, {})", i, id[i], all);
-        id[i] = id[i] >= begin && id[i] < end ? id[i] - static_cast<int32_t>(begin)
-                                              : kernels::kElsewhere;
-      }
-    }
-    const Tensor rows = ops::Embedding(p.Use(), here);
+    const Tensor rows = ops::Embedding(p.Use(), ids, {p.offset()[0], p.global_shape()[0]});
     return region_->Leave(rows, rows.dtype());
   }
 

@@ -21,19 +21,19 @@ Placement EmbeddingPlacement(const Tensor& table, const Tensor& ids) {
 
 }  // namespace
 
-Tensor Embedding(const Tensor& table, const Tensor& ids) {
+Tensor Embedding(const Tensor& table, const Tensor& ids, const kernels::TablePart& part) {
   const OriginScope here("embedding");
   Dims shape = ids.shape();
   shape.push_back(table.dim(1));
   Tensor out = Tensor::Empty(shape, table.dtype());
   const Tensor flat = ids.Reshaped({-1});
-  kernels::Embedding(CurrentStream(), Rows(out).view(), table.view(), flat.view());
+  kernels::Embedding(CurrentStream(), Rows(out).view(), table.view(), flat.view(), part);
   return Record("embedding", out, {table}, {flat},
-                [](GradContext& context) {
+                [part](GradContext& context) {
                   const Tensor ids = context.Saved(0);
                   const auto [dtable, accumulate] = context.Sink(0);
                   kernels::EmbeddingBackward(CurrentStream(), dtable.view(), accumulate,
-                                             Rows(context.grad()).view(), ids.view());
+                                             Rows(context.grad()).view(), ids.view(), part);
                 },
                 {.placement = EmbeddingPlacement(table, ids)});
 }

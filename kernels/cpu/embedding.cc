@@ -68,7 +68,7 @@ namespace {
 HWY_EXPORT(EmbeddingBackwardImpl);
 
 void CheckIds(const char* op, const Stream& stream, const View& table, const View& rows,
-              const View& ids) {
+              const View& ids, const TablePart& part) {
   CheckRank(op, "table", table, 2);
   CheckArray(op, "table", table, table.shape, table.dtype);
   CheckRank(op, "ids", ids, 1);
@@ -76,35 +76,44 @@ void CheckIds(const char* op, const Stream& stream, const View& table, const Vie
   CheckArray(op, "the rows", rows, {ids.dim(0), table.dim(1)}, rows.dtype);
   if (stream.counting()) return;
   const auto* id = ids.as<const int32_t>();
+  const int64_t size = part.size < 0 ? table.dim(0) : part.size;
   for (int64_t i = 0; i < ids.dim(0); ++i) {
-    if ((id[i] < 0 && id[i] != kElsewhere) || id[i] >= table.dim(0))
+    if (id[i] < 0 || id[i] >= size)
       SHOAL_FAIL(ErrorKind::kData, op, "token {} has id {}, but the vocabulary is [0, {})", i,
-                 id[i], table.dim(0));
+                 id[i], size);
   }
+}
+
+// The row of an id in this part; negative: it has none here.
+int64_t RowHere(int32_t id, const TablePart& part, int64_t rows) {
+  const int64_t row = id - part.first;
+  return row < rows ? row : -1;
 }
 
 }  // namespace
 
-void Embedding(const Stream& stream, const View& out, const View& table, const View& ids) {
-  CheckIds("Embedding", stream, table, out, ids);
+void Embedding(const Stream& stream, const View& out, const View& table, const View& ids,
+               const TablePart& part) {
+  CheckIds("Embedding", stream, table, out, ids, part);
   CheckDType("Embedding", "out", out, table.dtype);
   const int64_t bytes = table.dim(1) * static_cast<int64_t>(SizeOf(table.dtype));
   const auto* id = ids.as<const int32_t>();
   ParallelFor(ids.dim(0), out.numel(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       char* to = out.as<char>() + i * bytes;
-      if (id[i] == kElsewhere) {
+      const int64_t row = RowHere(id[i], part, table.dim(0));
+      if (row < 0) {
         std::memset(to, 0, static_cast<size_t>(bytes));
       } else {
-        std::memcpy(to, table.as<const char>() + id[i] * bytes, static_cast<size_t>(bytes));
+        std::memcpy(to, table.as<const char>() + row * bytes, static_cast<size_t>(bytes));
       }
     }
   });
 }
 
 void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate, const View& dout,
-                       const View& ids) {
-  CheckIds("EmbeddingBackward", stream, dtable, dout, ids);
+                       const View& ids, const TablePart& part) {
+  CheckIds("EmbeddingBackward", stream, dtable, dout, ids, part);
   const int64_t count = ids.dim(0), rows = dtable.dim(0);
   SHOAL_CHECK(count < INT32_MAX, "EmbeddingBackward", "{} tokens in one call", count);
   // A counting sort of the tokens by id keeps their order within an id.
@@ -115,10 +124,11 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
   const auto* id = ids.as<const int32_t>();
   std::fill_n(next, rows + 1, 0);
   for (int64_t i = 0; i < count; ++i)
-    if (id[i] != kElsewhere) ++next[id[i] + 1];
+    if (const int64_t row = RowHere(id[i], part, rows); row >= 0) ++next[row + 1];
   for (int64_t v = 0; v < rows; ++v) next[v + 1] += next[v];
   for (int64_t i = 0; i < count; ++i)
-    if (id[i] != kElsewhere) tokens[next[id[i]]++] = static_cast<int32_t>(i);
+    if (const int64_t row = RowHere(id[i], part, rows); row >= 0)
+      tokens[next[row]++] = static_cast<int32_t>(i);
   HWY_DYNAMIC_DISPATCH(EmbeddingBackwardImpl)(dtable, accumulate, dout, next, tokens);
 }
 

@@ -9,10 +9,19 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A row whose id is not in the table becomes NaN, and the fault is reported.
+// The vocabulary, and which of its rows are here.
+struct Rows {
+  int64_t first, count, size;
+  Rows(const TablePart& part, int64_t count)
+      : first(part.first), count(count), size(part.size < 0 ? count : part.size) {}
+  __device__ bool Here(int64_t id) const { return id >= first && id < first + count; }
+  __device__ bool Fault(int64_t id) const { return id < 0 || id >= size; }
+};
+
+// A row whose id is not in the vocabulary becomes NaN, and the fault is reported.
 template <class T>
 __global__ void EmbeddingKernel(T* out, const T* table, const int32_t* ids, int64_t rows,
-                                int64_t columns, int64_t vocabulary, int64_t chunks, bool vector,
+                                int64_t columns, Rows vocabulary, int64_t chunks, bool vector,
                                 const char* op, FaultRecord* faults) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
@@ -22,11 +31,11 @@ __global__ void EmbeddingKernel(T* out, const T* table, const int32_t* ids, int6
   if (row >= rows) return;
   const int64_t d = chunk * N, id = ids[row];
   A v[N];
-  if (id >= 0 && id < vocabulary) {
-    LoadChunk(v, table + id * columns + d, columns - d, vector);
+  if (vocabulary.Here(id)) {
+    LoadChunk(v, table + (id - vocabulary.first) * columns + d, columns - d, vector);
   } else {
-    const bool fault = id != kElsewhere;
-    if (fault && chunk == 0) ReportFault(faults, op, false, row, id, vocabulary);
+    const bool fault = vocabulary.Fault(id);
+    if (fault && chunk == 0) ReportFault(faults, op, false, row, id, vocabulary.size);
 #pragma unroll
     for (int e = 0; e < N; ++e) v[e] = fault ? NotANumber<A>() : A(0);
   }
@@ -42,14 +51,15 @@ constexpr int kShare = 512;
 struct SortPass {
   const int32_t* ids;  // first pass: keys are ids, order is 0, 1, ...; else null
   const int32_t *keys, *order;
-  int64_t rows, vocabulary;
+  int64_t rows;
+  Rows vocabulary;
   int shift;
 
-  // Ids that are not in the table sort behind all others.
+  // A row of the table; ids that have none here sort behind all others.
   __device__ int32_t Key(int64_t i) const {
     if (!ids) return keys[i];
     const int32_t id = ids[i];
-    return id >= 0 && id < vocabulary ? id : static_cast<int32_t>(vocabulary);
+    return static_cast<int32_t>(vocabulary.Here(id) ? id - vocabulary.first : vocabulary.count);
   }
   __device__ int32_t Row(int64_t i) const { return ids ? static_cast<int32_t>(i) : order[i]; }
   __device__ int Digit(int32_t key) const { return (key >> shift) & (kDigits - 1); }
@@ -63,8 +73,8 @@ __global__ void CountKernel(int32_t* counts, SortPass pass, const char* op, Faul
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kShare;
   for (int64_t i = begin + threadIdx.x; i < begin + kShare && i < pass.rows; i += 32) {
     const int32_t key = pass.Key(i);
-    if (pass.ids && key == pass.vocabulary && pass.ids[i] != kElsewhere)
-      ReportFault(faults, op, false, i, pass.ids[i], pass.vocabulary);
+    if (pass.ids && pass.vocabulary.Fault(pass.ids[i]))
+      ReportFault(faults, op, false, i, pass.ids[i], pass.vocabulary.size);
     atomicAdd(&count[pass.Digit(key)], 1);
   }
   __syncwarp();
@@ -160,7 +170,8 @@ __global__ void __launch_bounds__(kAddThreads)
 
 }  // namespace
 
-void Embedding(const Stream& stream, const View& out, const View& table, const View& ids) {
+void Embedding(const Stream& stream, const View& out, const View& table, const View& ids,
+               const TablePart& part) {
   const char* op = "Embedding";
   CheckRank(op, "table", table, 2);
   CheckRank(op, "ids", ids, 1);
@@ -173,14 +184,15 @@ void Embedding(const Stream& stream, const View& out, const View& table, const V
     using T = typename decltype(tag)::type;
     const int64_t chunks = CeilDiv(columns, kChunk<T>);
     Launch(stream, op, EmbeddingKernel<T>, GridSize(op, CeilDiv(rows * chunks, kThreads)), kThreads,
-           0, out.as<T>(), table.as<T>(), ids.as<int32_t>(), rows, columns, table.dim(0), chunks,
+           0, out.as<T>(), table.as<T>(), ids.as<int32_t>(), rows, columns,
+           Rows(part, table.dim(0)), chunks,
            columns % kChunk<T> == 0 && AllAligned16(out.data, table.data), op,
            StateOf(stream.device.index).faults());
   });
 }
 
 void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate, const View& dout,
-                       const View& ids) {
+                       const View& ids, const TablePart& part) {
   const char* op = "EmbeddingBackward";
   CheckRank(op, "dtable", dtable, 2);
   CheckRank(op, "ids", ids, 1);
@@ -198,7 +210,7 @@ void EmbeddingBackward(const Stream& stream, const View& dtable, bool accumulate
   Scratch counts(stream, kDigits * shares * sizeof(int32_t));
   Scratch sorted(stream, 4 * rows * sizeof(int32_t));  // keys and order, twice
   int32_t* buffer[2] = {sorted.as<int32_t>(), sorted.as<int32_t>() + 2 * rows};
-  SortPass pass = {ids.as<int32_t>(), nullptr, nullptr, rows, vocabulary, 0};
+  SortPass pass = {ids.as<int32_t>(), nullptr, nullptr, rows, Rows(part, vocabulary), 0};
   int target = 0;
   do {
     const dim3 grid(GridSize(op, shares));

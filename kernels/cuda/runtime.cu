@@ -73,6 +73,20 @@ void Synchronize(void* stream) {
   kernels::cuda::StateOf(device).ThrowFault();
 }
 
+void* Mark(void* stream) {
+  cudaEvent_t event = nullptr;
+  SHOAL_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), kOp);
+  SHOAL_CUDA_CHECK(cudaEventRecord(event, static_cast<cudaStream_t>(stream)), kOp);
+  return event;
+}
+
+void WaitFor(void* mark) {
+  const cudaEvent_t event = static_cast<cudaEvent_t>(mark);
+  const cudaError_t status = cudaEventSynchronize(event);
+  cudaEventDestroy(event);
+  SHOAL_CUDA_CHECK(status, kOp);
+}
+
 void CopyToDevice(void* stream, void* device_data, const void* host_data, size_t bytes) {
   CopyAsync(stream, device_data, host_data, bytes, cudaMemcpyHostToDevice);
 }

@@ -15,12 +15,6 @@ namespace {
 
 const Stream& CurrentStream() { return ExecutionContext::Current().stream(); }
 
-double Total(const Tensor& squares) {
-  double sum = 0;
-  for (double square : squares.ToVector()) sum += square;
-  return sum;
-}
-
 // Of `data`'s ranks: those whose number gives the same key as this one's.
 template <class F>
 std::unique_ptr<Communicator> Group(Communicator& data, F&& key) {
@@ -59,6 +53,9 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       rule_(MakeUpdateRule(options.rule)),
       parameters_(model.Parameters()),
       modules_(units.size()) {
+  if (ExecutionContext::Current().device().type == DeviceType::kCuda &&
+      (options_.offload_host || !options_.offload_dir.empty()))
+    host_ = std::make_unique<ExecutionContext>(Device{});
   if (!options_.offload_dir.empty())
     file_ = std::make_unique<MappedFile>(options_.offload_dir, "the optimizer's states");
   for (const auto& p : parameters_) {
@@ -138,6 +135,16 @@ ZeroOptimizer::ZeroOptimizer(Module& model, const std::vector<Module*>& units, M
       HookGradients(bucket);
     }
   }
+  if (options_.contiguous_gradients && options_.stage >= 2 && !options_.in_backward) {
+    const int64_t step = 64 / static_cast<int64_t>(SizeOf(options_.gradients));  // of alignment
+    int64_t all = 0;
+    for (Bucket& bucket : buckets_) {
+      bucket.place = all;
+      if (bucket.trainable) all += (bucket.share + step - 1) / step * step;
+    }
+    const OriginScope here("shares");
+    shares_ = Tensor::Empty({all}, options_.gradients, MemoryClass::kGradients);
+  }
   if (three) {
     HookUnits(units);
   } else {
@@ -194,30 +201,6 @@ void ZeroOptimizer::CutShare(Bucket& bucket) const {
     if (from < to) bucket.slices.push_back({i, from - at, to - from, from - begin});
     at += n;
   }
-}
-
-void ZeroOptimizer::MakeStates(Bucket& bucket) const {
-  std::optional<ContextScope> in_file;
-  if (file_ != nullptr) in_file.emplace(file_->context());
-  const DType wide = AccumulatorDType(options_.compute);
-  const OriginScope here(bucket.name);
-  if (options_.compute != wide) {
-    const OriginScope op("master");
-    bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
-    for (const Slice& s : bucket.slices)
-      kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
-  }
-  const OriginScope op("state");
-  for (size_t i = 0; i < rule_->states().size(); ++i)
-    bucket.states.push_back(Tensor::Full({bucket.share}, wide, 0, MemoryClass::kOptimizer));
-  if (file_ != nullptr) file_->Retire(States(bucket));
-}
-
-std::vector<View> ZeroOptimizer::States(const Bucket& bucket) {
-  std::vector<View> all;
-  if (bucket.master.defined()) all.push_back(bucket.master.view());
-  for (const Tensor& state : bucket.states) all.push_back(state.view());
-  return all;
 }
 
 View ZeroOptimizer::Value(const Bucket& bucket, const Slice& s) const {
@@ -306,6 +289,10 @@ void ZeroOptimizer::Retire(Bucket& bucket) {
 
 void ZeroOptimizer::HoldShare(Bucket& bucket) const {
   if (bucket.gradient.defined()) return;
+  if (shares_.defined()) {
+    bucket.gradient = shares_.Narrowed(0, bucket.place, bucket.share);
+    return;
+  }
   const OriginScope here({bucket.name, "share"});
   bucket.gradient = Tensor::Empty({bucket.share}, options_.gradients, MemoryClass::kGradients);
 }
@@ -367,76 +354,6 @@ std::vector<ZeroOptimizer::Slice> ZeroOptimizer::Owned(const Bucket& bucket) {
   return owned;
 }
 
-void ZeroOptimizer::AddSquares(const Bucket& bucket) {
-  for (const Slice& s : Owned(bucket)) {
-    const int64_t number = number_.at(bucket.parameters[s.parameter]);
-    kernels::SumSquares(CurrentStream(), squares_.Narrowed(0, number, 1).view(),
-                        Gradient(bucket, s));
-  }
-}
-
-double ZeroOptimizer::GradNorm() {
-  if (!options_.in_backward) ClearSquares();
-  for (const Bucket& bucket : buckets_)
-    if (bucket.trainable && !options_.in_backward) AddSquares(bucket);
-  const Tensor squares = std::exchange(squares_, {});
-  if (Mutated(Mutation::kNormOfTheLocalShard)) return std::sqrt(Total(squares));
-  const View view = squares.view();
-  // Values may be on their way already.
-  queue_.Wait(queue_.Post(
-      [this, view] { shard_->AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl); }));
-  mesh_.axis(MeshAxis::kTp).AllReduce(std::span(&view, 1), ReduceOp::kSum, Traffic::kControl);
-  // Stages have parameters of their own.
-  return std::sqrt(mesh_.axis(MeshAxis::kPp).Sum(Total(squares)));
-}
-
-void ZeroOptimizer::ClearSquares() {
-  const OriginScope here("grad_norm");
-  squares_ = Tensor::Full({std::ssize(parameters_)}, DType::kF64, 0, MemoryClass::kWorkspace);
-}
-
-void ZeroOptimizer::BeginStep(double lr) {
-  if (!options_.in_backward) return;
-  lr_ = lr;
-  ++step_;
-  ClearSquares();
-}
-
-void ZeroOptimizer::Step(double lr, double gradient_scale) {
-  if (!options_.in_backward) ++step_;
-  // What the next forward uses first comes first.
-  for (size_t b = buckets_.size(); b-- > 0 && !options_.in_backward;) {
-    if (!buckets_[b].trainable) continue;
-    if (file_ != nullptr && b > 0) file_->Prefetch(States(buckets_[b - 1]));
-    Update(buckets_[b], lr, gradient_scale);
-  }
-  if (file_ != nullptr) file_->Settle();
-}
-
-void ZeroOptimizer::Update(Bucket& bucket, double lr, double gradient_scale) {
-  std::vector<View> states;
-  for (const Slice& s : bucket.slices) {
-    states.clear();
-    for (const Tensor& state : bucket.states) states.push_back(Flat(state, s.at, s.count));
-    const View master = bucket.master.defined() ? Flat(bucket.master, s.at, s.count) : View();
-    const UpdateRule::Shard shard = {Value(bucket, s), master, states, Gradient(bucket, s),
-                                     bucket.parameters[s.parameter]->decays()};
-    rule_->Apply(CurrentStream(), shard, step_, lr, gradient_scale);
-  }
-  if (file_ != nullptr) file_->Retire(States(bucket));
-  DropGradients(bucket);
-  SendForValues(bucket);
-}
-
-void ZeroOptimizer::DropGradients(Bucket& bucket) {
-  bucket.gradient = Tensor();
-  for (Parameter* p : bucket.parameters) p->leaf().grad = Tensor();
-}
-
-void ZeroOptimizer::DropGradients() {
-  for (Bucket& bucket : buckets_) DropGradients(bucket);
-}
-
 // From the ranks' shares to whole parameters on all of them.
 CommQueue::Ticket ZeroOptimizer::Gather(const Bucket& bucket) {
   const std::vector<View> values = Values(bucket.parameters);
@@ -485,15 +402,6 @@ std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
 
 void ZeroOptimizer::ShareValues() {
   for (Bucket& bucket : buckets_) SendForValues(bucket);
-}
-
-void ZeroOptimizer::TakeValues() {
-  for (const Bucket& bucket : buckets_) {
-    if (!bucket.master.defined()) continue;
-    for (const Slice& s : bucket.slices)
-      kernels::Copy(CurrentStream(), Flat(bucket.master, s.at, s.count), Value(bucket, s));
-  }
-  ShareValues();
 }
 
 }  // namespace shoal

@@ -44,9 +44,18 @@ struct ZeroOptions {
   DType gradients = DType::kF32;  // held and exchanged
   UpdateRuleOptions rule;
   int64_t bucket_bytes = int64_t{8} << 20;  // of gradients, below stage 3
-  int shard_ranks = 0;       // that share one copy of the states; 0: all that share parameters
-  std::string offload_dir;   // of the file for the optimizer's states; empty: they are in memory
+  int shard_ranks = 0;  // that share one copy of the states; 0: all that share parameters
+  // Where the optimizer's states are: in host memory, or in a file in this folder, instead of where
+  // the rank computes. A device's updates are then made on the host (ZeRO-Offload, arXiv
+  // 2101.06840, and ZeRO-Infinity, arXiv 2104.07857). On the CPU host memory is where they are
+  // anyhow.
+  bool offload_host = false;
+  std::string offload_dir;
   bool in_backward = false;  // updates
+  // The shares of gradients that stages 2 and 3 keep lie in one array from the start (ZeRO-R's MD,
+  // arXiv 1910.02054, section 6.3), instead of between what a backward pass frees. No effect with
+  // in_backward, whose shares do not stay.
+  bool contiguous_gradients = false;
 };
 
 class ZeroOptimizer {
@@ -123,6 +132,7 @@ class ZeroOptimizer {
     bool trainable = true;
     int pass = 0;
     int64_t elements = 0, share = 0;
+    int64_t place = 0;           // of the share in shares_
     std::vector<Slice> slices;   // this rank's
     Tensor values;               // [share], stage 3
     Tensor gradient;             // [share], stages 2 and 3, while there is one
@@ -153,6 +163,7 @@ class ZeroOptimizer {
   void HookUnits(const std::vector<Module*>& modules);
   void AwaitValues(Bucket& bucket);
   void MakeStates(Bucket& bucket) const;
+  void SetMaster(const Bucket& bucket) const;
   static std::vector<View> States(const Bucket& bucket);
   View Value(const Bucket& bucket, const Slice& slice) const;
   View Gradient(const Bucket& bucket, const Slice& slice) const;
@@ -166,6 +177,7 @@ class ZeroOptimizer {
   void ClearSquares();
   void AddSquares(const Bucket& bucket);
   void Update(Bucket& bucket, double lr, double gradient_scale);
+  void UpdateOnHost(const UpdateRule::Shard& shard, double lr, double gradient_scale);
   CommQueue::Ticket Gather(const Bucket& bucket);
   void SendForValues(Bucket& bucket);
 
@@ -180,7 +192,8 @@ class ZeroOptimizer {
   std::unique_ptr<Communicator> shard_, replicas_;  // the queue's, while it works
   CommQueue queue_;
   std::unique_ptr<UpdateRule> rule_;
-  std::unique_ptr<MappedFile> file_;  // null: states are in memory
+  std::unique_ptr<ExecutionContext> host_;  // null: states are updated where the rank computes
+  std::unique_ptr<MappedFile> file_;        // null: states are in memory
   std::vector<std::shared_ptr<Parameter>> parameters_;
   std::unordered_map<const Parameter*, int64_t> number_;  // in parameters_
   std::deque<Bucket> buckets_;  // in the order in which backward completes them, within a pass
@@ -196,6 +209,7 @@ class ZeroOptimizer {
   int64_t step_ = 0;
   int64_t ahead_ = 0;  // bytes of the gathers that were posted
   double lr_ = 0;      // of updates in backward
+  Tensor shares_;      // of gradients, if they are contiguous
   Tensor squares_;     // f64 [parameters], of this rank's gradients, where it is to be known
 };
 

@@ -1,6 +1,8 @@
 // The product that kernels/cuda/gemm.h hands to cuBLASLt, taken by its word.
 #include "tests/cuda_emulation/emulated_gemm.h"
 
+#include <cuda_runtime.h>
+
 #include "kernels/cuda/gemm.h"
 
 namespace cuda_emulation {
@@ -34,6 +36,7 @@ bool RunCublasLt(const Stream&, const char* op, const Gemm& g) {
         static_cast<const void*>(g.d.data), g.bias})
     SHOAL_CHECK(reinterpret_cast<uintptr_t>(data) % kGemmAlignment == 0, op, "misaligned");
   SHOAL_CHECK(!g.d.transposed && g.d.leading >= g.m, op, "a bad layout of d");
+  const cuda_emulation::DeviceAccess access;
   for (int64_t batch = 0; batch < g.batch; ++batch) {
     for (int64_t column = 0; column < g.n; ++column) {
       for (int64_t row = 0; row < g.m; ++row) {

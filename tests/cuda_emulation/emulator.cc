@@ -1,6 +1,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <vector>
 
 #include "core/base/error.h"
@@ -127,6 +129,30 @@ void Start(Fibre& fibre) {
   fibre.done = false;
 }
 
+// One range for all of the device's memory.
+struct DeviceMemory {
+  static constexpr size_t kBytes = size_t{1} << 44, kPage = 4096;
+
+  DeviceMemory() {
+    void* range =
+        mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    SHOAL_CHECK(range != MAP_FAILED, "emulation", "no address space for device memory");
+    begin = static_cast<char*>(range);
+  }
+  void Protect(int access) const { mprotect(begin, used, access); }
+
+  std::recursive_mutex mutex;
+  std::map<size_t, std::vector<char*>> free;  // by size
+  char* begin = nullptr;
+  size_t used = 0;
+  int scopes = 0;
+};
+
+DeviceMemory& TheMemory() {
+  static auto* memory = new DeviceMemory;
+  return *memory;
+}
+
 uint32_t Draw(Machine& m) { return shoal::PhiloxWord({1, 2}, m.draws++); }
 
 void RunBlock(Machine& m, size_t shared) {
@@ -165,6 +191,55 @@ void RunBlock(Machine& m, size_t shared) {
 }
 
 }  // namespace
+
+// The size stands before the block.
+void* AllocateDevice(size_t bytes) {
+  DeviceMemory& m = TheMemory();
+  const DeviceAccess access;
+  const size_t size =
+      (bytes + 2 * DeviceMemory::kPage - 1) / DeviceMemory::kPage * DeviceMemory::kPage;
+  char* block = nullptr;
+  if (std::vector<char*>& free = m.free[size]; !free.empty()) {
+    block = free.back();
+    free.pop_back();
+  } else {
+    if (size > DeviceMemory::kBytes - m.used) return nullptr;
+    block = m.begin + m.used;
+    m.used += size;
+    m.Protect(PROT_READ | PROT_WRITE);
+  }
+  memcpy(block, &size, sizeof size);
+  return block + DeviceMemory::kPage;
+}
+
+void FreeDevice(void* data) {
+  if (data == nullptr) return;
+  const DeviceAccess access;
+  char* block = static_cast<char*>(data) - DeviceMemory::kPage;
+  size_t size = 0;
+  memcpy(&size, block, sizeof size);
+  if (size > size_t{1} << 20)
+    madvise(block + DeviceMemory::kPage, size - DeviceMemory::kPage, MADV_DONTNEED);
+  TheMemory().free[size].push_back(block);
+}
+
+bool OnDevice(const void* data) {
+  DeviceMemory& m = TheMemory();
+  const std::lock_guard lock(m.mutex);
+  return data >= m.begin && data < m.begin + m.used;
+}
+
+DeviceAccess::DeviceAccess() {
+  DeviceMemory& m = TheMemory();
+  m.mutex.lock();
+  if (++m.scopes == 1) m.Protect(PROT_READ | PROT_WRITE);
+}
+
+DeviceAccess::~DeviceAccess() {
+  DeviceMemory& m = TheMemory();
+  if (--m.scopes == 0) m.Protect(PROT_NONE);
+  m.mutex.unlock();
+}
 
 unsigned char* DynamicSharedMemory() { return TheMachine().shared; }
 
@@ -222,6 +297,7 @@ void WaitForCopyGroups(int pending) {
 }
 
 void Run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {
+  const DeviceAccess access;
   Machine& m = TheMachine();
   SHOAL_CHECK(block.x % kWarp == 0 && block.y == 1 && block.z == 1, "emulation",
               "a block of {} x {} x {} threads", block.x, block.y, block.z);

@@ -4,46 +4,55 @@
 namespace shoal::kernels::testing {
 namespace {
 
-bool Elsewhere(double id) { return id == kElsewhere; }
+// The row of the table, or -1.
+int64_t RowOf(double id, const TablePart& part, int64_t v) {
+  const int64_t row = static_cast<int64_t>(id) - part.first;
+  return row >= 0 && row < v ? row : -1;
+}
 
-Case EmbeddingCase(std::string name, DType t, int64_t v, int64_t m, int64_t d, Arg ids) {
+Case EmbeddingCase(std::string name, DType t, int64_t v, int64_t m, int64_t d, Arg ids,
+                   TablePart part = {}) {
   return {.name = "Embedding/" + name,
           .args = {Out(t, {m, d}), In(t, {v, d}), ids},
-          .kernel = [](const Stream& s, const Views& a) { Embedding(s, a[0], a[1], a[2]); },
+          .kernel = [=](const Stream& s, const Views& a) { Embedding(s, a[0], a[1], a[2], part); },
           .reference =
-              [](Arrays& a) {
-                for (int64_t i = 0; i < a[0].dim(0); ++i)
-                  for (int64_t j = 0; j < a[0].dim(1); ++j)
-                    a[0](i, j) = Elsewhere(a[2][i]) ? 0 : a[1](static_cast<int64_t>(a[2][i]), j);
+              [=](Arrays& a) {
+                for (int64_t i = 0; i < a[0].dim(0); ++i) {
+                  const int64_t row = RowOf(a[2][i], part, v);
+                  for (int64_t j = 0; j < a[0].dim(1); ++j) a[0](i, j) = row < 0 ? 0 : a[1](row, j);
+                }
               },
           .tolerance = {0, 0, 0}};
 }
 
 // Arguments: dtable, dout, ids, and a table for the gradient.
 Case BackwardCase(std::string name, DType table, DType t, int64_t v, int64_t m, int64_t d, Arg ids,
-                  bool accumulate) {
-  return {.name = "EmbeddingBackward/" + name,
-          .args = {accumulate ? InOut(table, {v, d}) : Out(table, {v, d}), In(t, {m, d}), ids,
-                   In(t, {v, d})},
-          .kernel = [=](const Stream& s,
-                        const Views& a) { EmbeddingBackward(s, a[0], accumulate, a[1], a[2]); },
-          .reference =
-              [=](Arrays& a) {
-                if (!accumulate) a[0].v.assign(a[0].numel(), 0);
-                for (int64_t i = 0; i < m; ++i)
-                  for (int64_t j = 0; j < d && !Elsewhere(a[2][i]); ++j)
-                    a[0](static_cast<int64_t>(a[2][i]), j) += a[1](i, j);
-              },
-          .gradient = {[=](const Arrays& a) {
-                         double sum = 0;
-                         for (int64_t i = 0; i < m; ++i)
-                           for (int64_t j = 0; j < d && !Elsewhere(a[2][i]); ++j)
-                             sum += a[1](i, j) * a[3](static_cast<int64_t>(a[2][i]), j);
-                         return sum;
-                       },
-                       {{0, 3}}},
-          .tolerance = {t == DType::kF64 ? 1e-12 : 4e-6, 4e-6, 4e-3},
-          .bytes = static_cast<double>(m * d) * (SizeOf(t) + 2 * SizeOf(table))};
+                  bool accumulate, TablePart part = {}) {
+  return {
+      .name = "EmbeddingBackward/" + name,
+      .args = {accumulate ? InOut(table, {v, d}) : Out(table, {v, d}), In(t, {m, d}), ids,
+               In(t, {v, d})},
+      .kernel = [=](const Stream& s,
+                    const Views& a) { EmbeddingBackward(s, a[0], accumulate, a[1], a[2], part); },
+      .reference =
+          [=](Arrays& a) {
+            if (!accumulate) a[0].v.assign(a[0].numel(), 0);
+            for (int64_t i = 0; i < m; ++i) {
+              const int64_t row = RowOf(a[2][i], part, v);
+              for (int64_t j = 0; j < d && row >= 0; ++j) a[0](row, j) += a[1](i, j);
+            }
+          },
+      .gradient = {[=](const Arrays& a) {
+                     double sum = 0;
+                     for (int64_t i = 0; i < m; ++i) {
+                       const int64_t row = RowOf(a[2][i], part, v);
+                       for (int64_t j = 0; j < d && row >= 0; ++j) sum += a[1](i, j) * a[3](row, j);
+                     }
+                     return sum;
+                   },
+                   {{0, 3}}},
+      .tolerance = {t == DType::kF64 ? 1e-12 : 4e-6, 4e-6, 4e-3},
+      .bytes = static_cast<double>(m * d) * (SizeOf(t) + 2 * SizeOf(table))};
 }
 
 const CaseFile kCases([](std::vector<Case>& cases) {
@@ -69,15 +78,15 @@ const CaseFile kCases([](std::vector<Case>& cases) {
     for (std::vector<double> ids : {std::vector<double>{0}, {499}, {3, 3, 3, 3, 499, 3, 250}})
       cases.push_back(BackwardCase(fmt::format("{}/crowded_{}", Name(t), ids.back()), t, t, 500,
                                    900, 48, In(DType::kI32, {900}).Values(ids), true));
-    // A part of a table: most rows are in another, or all are.
-    for (const std::vector<double>& ids :
-         {std::vector<double>{kElsewhere, 2, kElsewhere, kElsewhere, 0}, {kElsewhere}}) {
+    // A part of a table, rows 5 to 7 of 20: most ids are in another, or all are; or it is empty.
+    for (const auto& [v, ids] :
+         {std::pair{3, std::vector<double>{0, 7, 19, 4, 8, 5}}, {3, {19}}, {0, {5, 0, 19}}}) {
       const Arg part = In(DType::kI32, {70}).Values(ids);
-      const auto name = fmt::format("{}/elsewhere_{}", Name(t), ids.size());
-      cases.push_back(EmbeddingCase(name, t, 3, 70, 33, part));
+      const auto name = fmt::format("{}/part_{}_{}", Name(t), v, ids.size());
+      cases.push_back(EmbeddingCase(name, t, v, 70, 33, part, {5, 20}));
       for (bool accumulate : {false, true})
-        cases.push_back(BackwardCase(fmt::format("{}/accumulate_{}", name, accumulate), t, t, 3, 70,
-                                     33, part, accumulate));
+        cases.push_back(BackwardCase(fmt::format("{}/accumulate_{}", name, accumulate), t, t, v, 70,
+                                     33, part, accumulate, {5, 20}));
     }
     for (DType table : kFloats)
       cases.push_back(BackwardCase(fmt::format("{}_from_{}", Name(table), Name(t)), table, t, 20,

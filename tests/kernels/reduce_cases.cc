@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/reduce.h"
+#include "kernels/reduce_arrays.h"
 #include "tests/kernels/harness.h"
 
 namespace shoal::kernels::testing {
@@ -46,6 +47,25 @@ Case SumRowsCase(std::string name, Arg out, Arg x, bool accumulate) {
           .tolerance = {x.dtype == DType::kF64 ? 1e-13 : 2e-6}};
 }
 
+Case ReduceInOrderCase(std::string name, ReduceOp op, Arg x) {
+  return {.name = fmt::format("ReduceInOrder/{}{}", op == ReduceOp::kMax ? "max/" : "", name),
+          .args = {Out(x.dtype, {x.shape[1]}), x},
+          .kernel = [=](const Stream& s, const Views& a) { ReduceInOrder(s, op, a[0], a[1]); },
+          .reference =
+              [=](Arrays& a) {
+                for (int64_t j = 0; j < a[1].dim(1); ++j) {
+                  double result = a[1](0, j);
+                  for (int64_t p = 1; p < a[1].dim(0); ++p) {
+                    const double v = a[1](p, j);
+                    if (op == ReduceOp::kSum) result += v;
+                    if (op == ReduceOp::kMax && !(result >= v || std::isnan(result))) result = v;
+                  }
+                  a[0][j] = result;
+                }
+              },
+          .tolerance = {x.dtype == DType::kF64 ? 1e-15 : 1e-6}};
+}
+
 const CaseFile kCases([](std::vector<Case>& cases) {
   for (DType t : kFloats) {
     const char* n = Name(t);
@@ -73,11 +93,21 @@ const CaseFile kCases([](std::vector<Case>& cases) {
     for (const Dims& shape : {Dims{0, 3}, Dims{1, 1}, Dims{3, 0}, Dims{19, 3}, Dims{1030, 97}})
       cases.push_back(SumRowsCase(fmt::format("{}/{}", n, shape.ToString()), Out(t, {shape[1]}),
                                   In(t, shape), false));
+    for (const Dims& shape : {Dims{1, 1}, Dims{2, 0}, Dims{2, 2049}, Dims{3, 4100}, Dims{17, 5}})
+      for (const ReduceOp op : {ReduceOp::kSum, ReduceOp::kMax})
+        cases.push_back(
+            ReduceInOrderCase(fmt::format("{}/{}", n, shape.ToString()), op, In(t, shape)));
+    cases.push_back(ReduceInOrderCase(fmt::format("{}/apart", n), ReduceOp::kSum,
+                                      In(t, {3, 33}).Strided(PaddedStrides({3, 33}, 7))));
+    cases.push_back(ReduceInOrderCase(fmt::format("{}/nan", n), ReduceOp::kMax,
+                                      In(t, {3, 4}).Values({1, 2, std::nan(""), 4, 5})));
     if (t == DType::kF64) continue;
     const Dims large{1 << 26};
-    for (Case c : {SumSquaresCase(fmt::format("bench/{}", n), In(t, large)),
-                   SumRowsCase(fmt::format("bench/{}", n), InOut(DType::kF32, {3072}),
-                               In(t, {4096, 3072}), true)}) {
+    for (Case c :
+         {SumSquaresCase(fmt::format("bench/{}", n), In(t, large)),
+          SumRowsCase(fmt::format("bench/{}", n), InOut(DType::kF32, {3072}), In(t, {4096, 3072}),
+                      true),
+          ReduceInOrderCase(fmt::format("bench/{}", n), ReduceOp::kSum, In(t, {8, 1 << 22}))}) {
       c.benchmark = true;
       c.test = false;
       cases.push_back(c);

@@ -32,6 +32,7 @@ struct Recipe {
   int tp = 1, zero_stage = 0;
   bool sequence_parallel = false;
   int shard_ranks = 0;
+  bool contiguous_gradients = false, offload_host = false, activations_host = false;
   std::string offload_dir = {}, activations_dir = {};
   bool in_backward = false, unclipped = false;
   ActivationFormat compress = ActivationFormat::kOwn;
@@ -124,8 +125,11 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
   options.shard_ranks = recipe.shard_ranks;
+  options.contiguous_gradients = recipe.contiguous_gradients;
+  options.offload_host = recipe.offload_host;
   options.offload_dir = recipe.offload_dir;
   options.update_in_backward = recipe.in_backward;
+  options.activations_host = recipe.activations_host;
   options.activations_dir = recipe.activations_dir;
   options.compress_activations = recipe.compress;
   return options;
@@ -209,10 +213,15 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   return outcome;
 }
 
+// What is not a number is as far away as can be.
+inline double Larger(double worst, double difference) {
+  return std::isnan(difference) ? HUGE_VAL : std::max(worst, difference);
+}
+
 inline double Difference(const std::vector<double>& a, const std::vector<double>& b) {
-  double worst = 0;
-  for (size_t i = 0; i < a.size(); ++i)
-    worst = std::max(worst, std::abs(a[i] - b[i]) / std::abs(a[i]));
+  double worst = a.size() == b.size() && !a.empty() ? 0 : HUGE_VAL;
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i)
+    worst = Larger(worst, std::abs(a[i] - b[i]) / std::abs(a[i]));
   return worst;
 }
 
@@ -223,7 +232,7 @@ inline double ParameterDifference(const std::vector<double>& a, const std::vecto
   double largest = kSteps * lr, worst = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     largest = std::max(largest, std::abs(a[i]));
-    worst = std::max(worst, std::abs(a[i] - b[i]));
+    worst = Larger(worst, std::abs(a[i] - b[i]));
   }
   return worst / largest;
 }

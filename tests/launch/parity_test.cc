@@ -217,6 +217,35 @@ TEST(Parity, Bf16) {
   }
 }
 
+// The whole matrix in f32 and bf16, whose sums depend on how they are split.
+class LongMatrixNarrow : public ::testing::TestWithParam<std::tuple<std::string, int, int>> {};
+
+TEST_P(LongMatrixNarrow, AllStages) {
+  const auto [model, tp, dp] = GetParam();
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Recipe recipe = {.model = model, .dtype = dtype, .lr = 1e-3};
+    const Outcome one = OneRank(recipe);
+    const double spread = dtype == DType::kBF16 ? 2 * SpreadOfReorderings(recipe, one) : 0;
+    recipe.tp = tp;
+    for (recipe.zero_stage = 0; recipe.zero_stage <= 3; ++recipe.zero_stage) {
+      for (const int64_t micro_batches : {1, 3}) {
+        SCOPED_TRACE(fmt::format("{}, stage {}, {} micro-batches", Name(dtype), recipe.zero_stage,
+                                 micro_batches));
+        RunThreadRanks(tp * dp, 1, [&](Communicator& c) {
+          const Outcome many = Train(recipe, c, micro_batches, InOrder());
+          if (dtype == DType::kF32) return Compare(recipe, one, many, 1e-5, 1e-4);
+          EXPECT_LT(Difference(one.losses, many.losses), std::max(spread, tp > 1 ? 1e-4 : 1e-12));
+        });
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, LongMatrixNarrow,
+                         ::testing::Combine(::testing::Values("llama", "llama-gqa-tied", "gpt2"),
+                                            ::testing::Values(1, 2, 3, 4),
+                                            ::testing::Values(1, 2, 3, 4)));
+
 TEST(Parity, OneTokenPerSequence) {
   const Recipe recipe = {.length = 1};
   const Outcome one = OneRank(recipe);

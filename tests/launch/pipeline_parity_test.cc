@@ -46,6 +46,52 @@ TEST_P(ParityPipeline, Fp64) {
   Check(recipe, one, 2 * pp, 3);
 }
 
+// Micro-batches of other numbers of rows and other lengths each, one token among them.
+TEST(ParityPipelineRagged, MicroBatchesOfAnyLength) {
+  const auto train = [](const Recipe& recipe, Communicator& c) {
+    TrainingStep step(Options(recipe), c);
+    Outcome outcome;
+    for (int64_t s = 0; s < recipe.steps; ++s) {
+      std::vector<Batch> batches;
+      int64_t row = 0;
+      for (const auto& [rows, length] : {std::pair(3, 5), {1, 1}, {7, 2}, {2, 9}, {1, 16}}) {
+        Recipe of_batch = recipe;
+        of_batch.length = length;
+        std::vector<int64_t> numbers(static_cast<size_t>(rows));
+        std::iota(numbers.begin(), numbers.end(), row);
+        row += rows;
+        batches.push_back(MakeBatch(s, numbers, of_batch, Model(recipe).vocab));
+      }
+      const TrainingStep::Result result = step.Run(batches, recipe.lr);
+      outcome.losses.push_back(result.loss);
+      outcome.norms.push_back(result.grad_norm);
+    }
+    step.optimizer().GatherParameters();
+    for (const auto& p : step.parameters()) {
+      outcome.names.push_back(p.name);
+      outcome.parameters.push_back(step.Whole(p));
+    }
+    return outcome;
+  };
+  Recipe recipe = {.model = "llama-gqa-tied", .steps = 3};
+  recipe.layers = 6;
+  Outcome one;
+  RunThreadRanks(1, 1, [&](Communicator& c) { one = train(recipe, c); });
+  recipe.pp = 3;
+  for (const Kind& kind : {Kind{"1f1b", 1}, {"zb_h1", 1}, {"zb_v", 2}}) {
+    recipe.schedule = kind.schedule;
+    recipe.virtual_stages = kind.virtual_stages;
+    for (const bool sharded : {false, true}) {
+      recipe.tp = sharded ? 2 : 1;
+      recipe.zero_stage = sharded ? 3 : 0;
+      recipe.sequence_parallel = recipe.recompute = sharded;
+      RunThreadRanks(3 * recipe.tp, 1, [&](Communicator& c) {
+        Compare(recipe, one, train(recipe, c), 1e-10, 1e-10);
+      });
+    }
+  }
+}
+
 // What crosses a boundary is rounded as it is within a rank: in f32 and bf16 only the order of sums
 // differs.
 TEST(ParityPipelinePrecision, Fp32AndBf16) {

@@ -20,7 +20,7 @@ set(owners
   "mpi\\.h @ ^parallel/comm_mpi\\.cc$|^launch/bootstrap\\.cc$"
   "nccl\\.h @ ^parallel/comm_nccl\\.cc$"
   "hdf5\\.h @ ^data/hdf5_file\\.cc$|^checkpoint/hdf5_file\\.cc$"
-  "(cuda|cublas|cudnn)[a-zA-Z_0-9]*\\.h @ ^kernels/cuda/|^core/device_cuda\\.cc$"
+  "(cuda|cublas|cudnn)[a-zA-Z_0-9]*\\.h @ ^kernels/cuda/|^parallel/comm_nccl\\.cc$"
   "dnnl @ ^kernels/cpu/"
   "hwy/ @ ^kernels/cpu/")
 

@@ -1,7 +1,9 @@
 // Enough of CUDA to compile kernels/cuda/*.cu with a C++ compiler and to run them on a CPU, one
 // block after the other. A thread of a block is a fibre of its own, which runs until it meets a
 // barrier or a warp's exchange; who runs next is shuffled, so that a missing barrier gives wrong
-// values instead of going unnoticed. Memory is the host's.
+// values instead of going unnoticed. The device's memory is the host's, but locked while nothing of
+// the device runs: host code that looks at it ends the program, as it would on a machine with a
+// GPU. Ranks that are threads share the device, one kernel at a time.
 #pragma once
 
 #include <math.h>
@@ -40,6 +42,17 @@ void WarpTogether(void* mine, void (*f)(Lanes& all));
 void StartCopy(void* to, const void* from);
 void CloseCopyGroup();
 void WaitForCopyGroups(int pending);
+// Device memory. A scope of the second may look at it; others wait meanwhile.
+void* AllocateDevice(size_t bytes);
+void FreeDevice(void* data);
+bool OnDevice(const void* data);
+class DeviceAccess {
+ public:
+  DeviceAccess();
+  ~DeviceAccess();
+  DeviceAccess(const DeviceAccess&) = delete;
+  DeviceAccess& operator=(const DeviceAccess&) = delete;
+};
 // Runs `thread` for every thread of every block.
 void Run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 
@@ -142,17 +155,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
-  *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  *data = cuda_emulation::AllocateDevice(bytes);
   return *data ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFree(void* data) {
-  free(data);
+  cuda_emulation::FreeDevice(data);
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
-  return cudaMalloc(data, bytes);
+  *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *data ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
+inline cudaError_t cudaFreeHost(void* data) {
+  free(data);
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = static_cast<cudaStream_t>(malloc(1));
   return cudaSuccess;
@@ -167,12 +184,31 @@ inline cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  const cuda_emulation::DeviceAccess access;
   memset(data, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* out, const void* data, size_t bytes, cudaMemcpyKind,
+inline cudaError_t cudaMemcpyAsync(void* out, const void* data, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t) {
+  // What is said to be the host's must be (tests of kernels give host memory as the device's).
+  if ((kind == cudaMemcpyDeviceToHost && cuda_emulation::OnDevice(out)) ||
+      (kind == cudaMemcpyHostToDevice && cuda_emulation::OnDevice(data)))
+    return cudaErrorInvalidValue;
+  const cuda_emulation::DeviceAccess access;
   memcpy(out, data, bytes);
+  return cudaSuccess;
+}
+
+using cudaEvent_t = struct EmulatedEvent*;
+enum { cudaEventDisableTiming = 2 };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = static_cast<cudaEvent_t>(malloc(1));
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  free(event);
   return cudaSuccess;
 }
 

@@ -1,9 +1,12 @@
-#include "parallel/reduce_arrays.h"
+#include "kernels/reduce_arrays.h"
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
-namespace shoal {
+#include "kernels/contract.h"
+
+namespace shoal::kernels::cpu {
 namespace {
 
 // A block stays in the first-level cache while the sources are added one after another.
@@ -68,4 +71,14 @@ void ReduceArrays(DType dtype, ReduceOp op, std::span<const void* const> sources
   });
 }
 
-}  // namespace shoal
+void ReduceInOrder(const Stream&, ReduceOp op, const View& out, const View& x) {
+  const char* name = "ReduceInOrder";
+  CheckRows(name, out, x);
+  std::vector<const void*> sources;
+  for (int64_t p = 0; p < x.dim(0); ++p)
+    sources.push_back(x.as<char>() + p * x.strides[0] * static_cast<int64_t>(SizeOf(x.dtype)));
+  void* const outs[] = {out.data};
+  ReduceArrays(x.dtype, op, sources, outs, out.numel());
+}
+
+}  // namespace shoal::kernels::cpu
