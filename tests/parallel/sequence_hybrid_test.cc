@@ -259,10 +259,11 @@ SequenceSchedule RandomSchedule(Draw& draw) {
   SequenceMask mask{.causal = draw(2) == 0, .window = draw(3) == 0 ? 1 + draw(12) : 0};
   if (draw(3) == 0) mask.documents = PackedIds(1 + draw(2), tokens);
   const auto [heads, kv] = kHybridHeads[draw(5)];
-  return MakeSequenceSchedule(
-      Hybrid(sizes[static_cast<size_t>(draw(static_cast<int>(sizes.size())))],
-             draw(kSequenceRowKinds)),
-      kPasses[draw(2)], {kLayouts[draw(3)], tokens, ranks}, mask, heads, kv);
+  SequenceMethod method = Hybrid(sizes[static_cast<size_t>(draw(static_cast<int>(sizes.size())))],
+                                 draw(kSequenceRowKinds));
+  method.both_ways = draw(2) == 0 && CanGoBothWays(method.rows);
+  return MakeSequenceSchedule(method, kPasses[draw(2)], {kLayouts[draw(3)], tokens, ranks}, mask,
+                              heads, kv);
 }
 
 bool Passes(const SequenceSchedule& schedule) {
@@ -281,7 +282,7 @@ void Mutate(Draw& draw, SequenceSchedule& s, int rank, std::string& what) {
   const int i = draw(static_cast<int>(list.size()));
   SequenceAction& a = list[static_cast<size_t>(i)];
   what = fmt::format("rank {} action {} ({})", rank, i + 1, ActionText(a));
-  switch (draw(5)) {
+  switch (draw(6)) {
     case 0:
       list.erase(list.begin() + i);
       break;
@@ -295,6 +296,9 @@ void Mutate(Draw& draw, SequenceSchedule& s, int rank, std::string& what) {
       --a.rows[0].count;
       break;
     case 4:
+      ++a.head_begin;
+      break;
+    case 5:
       a.owner = (a.owner + 1) % s.ranks();
       if (s.ranks() == 1) ++a.rows[0].count;
       break;
@@ -323,11 +327,13 @@ TEST(LongHybridSchedules, RandomOnesAreWholeAndMutatedOnesRefused) { CheckRandom
 TEST(HybridSchedules, SayWhatTheyAre) {
   const SequenceSchedule s = MakeSequenceSchedule(Hybrid(2, 0), SequencePass::kForward,
                                                   {Layout::kContiguous, 4, 4}, {}, 2, 2);
-  EXPECT_THAT(WriteSequenceSchedule(s),
-              ::testing::StartsWith("# hybrid (2 x 2, token_ring) forward, contiguous layout, 4 "
-                                    "tokens\n0: send heads of 0 to 1 0:[0, 1), receive heads of 1 "
-                                    "from 1 0:[0, 1), tile 0 0:[0, 1) x 0 0:[0, 1), "
-                                    "receive query of 1 from 2 0:[0, 2)"));
+  EXPECT_THAT(
+      WriteSequenceSchedule(s),
+      ::testing::StartsWith("# hybrid (2 x 2, token_ring) forward, contiguous layout, 4 tokens\n"
+                            "0: send heads of 0 to 1 0:[0, 1) heads [1, 2), "
+                            "receive heads of 1 from 1 0:[0, 1) heads [0, 1), "
+                            "tile 0 0:[0, 1) x 0 0:[0, 1) heads [0, 1), "
+                            "receive query of 1 from 2 0:[0, 2) heads [0, 1)"));
 }
 
 // --- bytes ---------------------------------------------------------------------------------------
