@@ -127,8 +127,8 @@ TEST_P(Schedules, AreWholeAndComeToAnEnd) {
 std::string KindName(const ::testing::TestParamInfo<Kind>& info) { return Name(info.param); }
 INSTANTIATE_TEST_SUITE_P(All, Schedules, ::testing::ValuesIn(Kinds()), KindName);
 
-SequenceSchedule Make(Kind kind, SequencePass pass, int ranks, int64_t tokens, SequenceMask mask,
-                      Layout layout, int heads = 8, int kv_heads = 8) {
+SequenceSchedule Make(Kind kind, SequencePass pass, int ranks, int64_t tokens,
+                      const SequenceMask& mask, Layout layout, int heads = 8, int kv_heads = 8) {
   return MakeSequenceSchedule({kind}, pass, SequenceLayout(layout, tokens, ranks), mask, heads,
                               kv_heads);
 }
@@ -184,7 +184,7 @@ TEST(SequenceBytes, FullAttentionHasTheClosedForms) {
               Make(kind, pass, ranks, ranks * kRows, {.causal = false}, layout, heads, kv), w);
         };
         using enum SequenceTag;
-        const auto expect = [&](const SequenceTraffic& t, SequenceTag tag, int64_t bytes) {
+        const auto expect = [&, kv = kv](const SequenceTraffic& t, SequenceTag tag, int64_t bytes) {
           EXPECT_EQ(t.Total(tag), bytes) << Name(tag) << " P=" << ranks << " kv " << kv;
         };
         const int64_t hops = p * (p - 1);
