@@ -397,7 +397,7 @@ class Maker {
   void Add(SequenceAction action) {
     s_.actions[static_cast<size_t>(Real(rank_))].push_back(std::move(action));
   }
-  // Of this place.
+  // The heads of this place.
   Heads Share() const { return s_.Share(place_); }
   void Message(SequenceAction action) {
     if (Count(action.rows) > 0 && action.head_begin < action.head_end) Add(std::move(action));

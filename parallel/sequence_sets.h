@@ -1,4 +1,4 @@
-// Sets of an owner's rows: at most one run of each range, in ascending order of the ranges.
+// Sets of an owner's rows: runs of its ranges, apart and in ascending order.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@ namespace shoal {
 
 using SequenceRowSet = std::vector<SequenceRows>;
 
-// The runs grow to hold `more`, and what lies between.
+// Of at most one run of each range: the run grows to hold `more`, and what lies between.
 void Include(SequenceRowSet& rows, const SequenceRows& more);
 SequenceRowSet Intersection(const SequenceRowSet& a, const SequenceRowSet& b);
 SequenceRowSet Difference(const SequenceRowSet& a, const SequenceRowSet& b);  // a without b

@@ -248,7 +248,10 @@ class Choice {
     for (const SequenceMethod& method : methods) {
       const SequenceSchedule schedule =
           MakeSequenceSchedule(method, pass_, layout_, mask_, heads_, kv_heads_);
-      if (schedule.method != method) continue;  // as one that does not go both ways
+      if (schedule.method != method) {  // no heads go the other way
+        alike_ = true;
+        continue;
+      }
       const Best tried{method, SimulateSequence(schedule, widths_, machine_).seconds};
       if (tried.seconds < least.seconds) least = tried;
       if (method.kind != SequenceKind::kHybrid) Tell(tried);
@@ -257,6 +260,7 @@ class Choice {
     return least;
   }
   const std::string& text() const { return text_; }
+  bool alike() const { return alike_; }  // both ways would be one way
 
  private:
   void Tell(const Best& tried) {
@@ -271,6 +275,7 @@ class Choice {
   const SequenceWidths& widths_;
   const SequenceMachine& machine_;
   std::string text_;
+  bool alike_ = false;
 };
 
 // Alone or, in groups, as a hybrid's; in one direction, both, or either.
@@ -322,7 +327,8 @@ SequenceChoice ChooseWays(SequenceKind forward, SequenceKind backward,
     best[static_cast<size_t>(pass)] = choice.Among(WaysOf(kind, 1, both_ways));
     if (!CanGoBothWays(kind) || both_ways) continue;
     reason +=
-        fmt::format("; {} on a {} fabric: {} ms", Name(pass), Name(machine.fabric), choice.text());
+        fmt::format("; {} on a {} fabric: {} ms{}", Name(pass), Name(machine.fabric), choice.text(),
+                    choice.alike() ? " (no cut between kv heads balances it)" : "");
   }
   return {best[0].method, best[1].method, reason, best[0].seconds, best[1].seconds};
 }

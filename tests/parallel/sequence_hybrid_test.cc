@@ -25,6 +25,13 @@ SequenceMethod Hybrid(int group, int rows) {
   return {Kind::kHybrid, group, static_cast<Kind>(rows)};
 }
 
+// The same, and in every second turn both ways where rows can go so.
+SequenceMethod Hybrid(int group, int rows, int turn) {
+  SequenceMethod method = Hybrid(group, rows);
+  method.both_ways = turn % 2 == 0 && CanGoBothWays(method.rows);
+  return method;
+}
+
 // --- execution -----------------------------------------------------------------------------------
 
 // Both passes of one method on this rank, without the choice that a SequenceGroup makes.
@@ -85,7 +92,7 @@ TEST_P(HybridExactness, EqualsOneRank) {
           const auto [heads, kv] = kHybridHeads[turn % 5];
           const Case c{Kind::kHybrid, layout, mask, Lengths(ranks)[(turn / 5) % 5],
                        heads,         kv,     16,   turn % 2 == 0 ? 1 : 2};
-          const SequenceMethod method = Hybrid(group, rows);
+          const SequenceMethod method = Hybrid(group, rows, turn);
           EXPECT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
               << Describe(method, ranks) << ": " << c.Text(ranks);
         }
@@ -107,8 +114,9 @@ TEST(HybridPasses, SamplesOfMoreRanks) {
                      kv,
                      16,
                      1};
-        EXPECT_LE(RunMethod(c, Hybrid(group, rows), ranks).Worst(), 1e-12)
-            << Describe(Hybrid(group, rows), ranks) << ": " << c.Text(ranks);
+        const SequenceMethod method = Hybrid(group, rows, turn);
+        EXPECT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
+            << Describe(method, ranks) << ": " << c.Text(ranks);
       }
   }
 }
@@ -124,7 +132,8 @@ TEST_P(LongHybridExactness, EqualsOneRank) {
         for (const auto& [heads, kv] : kHybridHeads)
           for (const int64_t tokens : Lengths(ranks)) {
             const Case c{Kind::kHybrid, layout, mask, tokens, heads, kv, 16, 2};
-            const SequenceMethod method = Hybrid(group, turn++ % kSequenceRowKinds);
+            const SequenceMethod method = Hybrid(group, turn % kSequenceRowKinds, turn);
+            ++turn;
             ASSERT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
                 << Describe(method, ranks) << ": " << c.Text(ranks);
           }

@@ -160,7 +160,7 @@ TEST(SequenceChoice, OfWays) {
   EXPECT_EQ(choose(8, 8, 0, false).forward, SequenceMethod{Kind::kTokenRing});
   choice = choose(8, 1, 0, {});
   EXPECT_EQ(choice.forward, SequenceMethod{Kind::kTokenRing});
-  EXPECT_THAT(choice.reason, ::testing::Not(::testing::HasSubstr("both ways")));
+  EXPECT_THAT(choice.reason, ::testing::HasSubstr("no cut between kv heads balances it"));
 }
 
 // With the self tile in two, what the first half covers of the first message and the second of the
@@ -188,7 +188,12 @@ TEST(SequenceSimulator, ZigzagIsBalanced) {
   EXPECT_NEAR(sim.compute, all / 8, 1e-9 * all);
 }
 
+// Where both passes have groups of the same size. Of the passes where only links matter some would
+// be faster alone: a forward that moves rows, or a backward by heads that the forward has
+// exchanged. After a forward of rows it would have to exchange Q, K and V as well, lse and delta
+// left out here, and both together are no faster than what is chosen.
 TEST(SequenceChoice, IsWithinFivePercentOfTheBest) {
+  int passes = 0, slower = 0;
   for (const int kv_heads : {32, 8, 4})
     for (const int ranks : {2, 4, 8})
       for (const bool causal : {false, true})
@@ -216,16 +221,33 @@ TEST(SequenceChoice, IsWithinFivePercentOfTheBest) {
               }
               return least;
             };
-            double least = kNever;
-            for (const int group : SequenceGroupSizes(ranks))
-              least = std::min(least, best(group, kPasses[0]) + best(group, kPasses[1]));
-            EXPECT_LE(choice.forward_seconds + choice.backward_seconds, 1.05 * least)
-                << choice.reason;
+            double least = kNever, alone[2] = {kNever, kNever};
+            for (const int group : SequenceGroupSizes(ranks)) {
+              const double both[] = {best(group, kPasses[0]), best(group, kPasses[1])};
+              least = std::min(least, both[0] + both[1]);
+              for (const int i : {0, 1}) alone[i] = std::min(alone[i], both[i]);
+            }
+            const double sum = choice.forward_seconds + choice.backward_seconds;
+            EXPECT_LE(sum, 1.05 * least) << choice.reason;
+            if (flops == kNoCompute) {
+              passes += 2;
+              slower += choice.forward_seconds > 1.05 * alone[0];
+              slower += choice.backward_seconds > 1.05 * alone[1];
+              const double kv = static_cast<double>(kv_heads) / s.heads;
+              const double q_k_v = (1 + 2 * kv) / (2 + 2 * kv) *
+                                   s.Simulate({Kind::kUlysses}, kPasses[0], machine).seconds;
+              EXPECT_GE(best(1, kPasses[0]) + q_k_v +
+                            s.Simulate({Kind::kUlysses}, kPasses[1], machine).seconds,
+                        sum)
+                  << choice.reason;
+            }
             const int group = s.Make(choice.forward, kPasses[0]).per_group();
             EXPECT_EQ(s.Make(choice.backward, kPasses[1]).per_group(), group);
             EXPECT_LE(choice.forward_seconds, 1.05 * best(group, kPasses[0])) << choice.reason;
             EXPECT_LE(choice.backward_seconds, 1.05 * best(group, kPasses[1])) << choice.reason;
           }
+  EXPECT_EQ(passes, 108);
+  EXPECT_LE(slower, 23);
 }
 
 }  // namespace
