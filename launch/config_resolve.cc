@@ -191,11 +191,6 @@ BatchPlan CheckBatch(const Config& config, int64_t ranks) {
                  "zero.shard_ranks {} shares nothing at zero.stage 0: set zero.stage to 1, 2 or 3",
                  shard);
   }
-  if (config.data.sequence_length < mesh.cp)
-    SHOAL_FAIL(ErrorKind::kConfig, "mesh",
-               "mesh.cp {} gives some ranks none of the {} tokens of a sequence: set it to {} at "
-               "most",
-               mesh.cp, config.data.sequence_length, config.data.sequence_length);
   if (config.sequence.schedule == "hybrid")
     HybridGroups(static_cast<int>(mesh.cp), config.sequence.ulysses);
   else if (config.sequence.ulysses != 0)

@@ -116,17 +116,18 @@ std::shared_ptr<const SequenceGroup::Plan> SequenceGroup::PlanFor(const Tensor& 
   const SequenceMask mask{options_.causal, options_.window, ids_};
   const auto heads = static_cast<int>(q.dim(2)), kv_heads = static_cast<int>(k.dim(2));
   const bool hybrid = options_.schedule == SequenceKind::kHybrid;
+  const SequenceWidths widths =
+      WidthsOf(q.dim(0), q.dim(3), q.dtype(), {.wide_results = options_.wide_results});
   SequenceChoice choice;
-  if (options_.schedule && !hybrid) {
-    choice = {
-        {*options_.schedule}, {options_.backward.value_or(*options_.schedule)}, "as asked for"};
-  } else if (alike != nullptr) {
+  if (alike != nullptr) {
     choice = {alike->forward.method, alike->backward.method, alike->reason};
+  } else if (options_.schedule && !hybrid) {
+    choice =
+        ChooseWays(*options_.schedule, options_.backward.value_or(*options_.schedule),
+                   options_.both_ways, layout, mask, heads, kv_heads, widths, options_.machine);
   } else {
     choice = ChooseSequence(
-        layout, mask, heads, kv_heads,
-        WidthsOf(q.dim(0), q.dim(3), q.dtype(), {.wide_results = options_.wide_results}),
-        options_.machine,
+        layout, mask, heads, kv_heads, widths, options_.machine,
         hybrid ? HybridGroups(cp_.size(), options_.ulysses) : SequenceGroupSizes(cp_.size()));
   }
   const auto make = [&](const SequenceMethod& method, SequencePass pass) {

@@ -24,6 +24,9 @@ struct SequenceOptions {
   std::optional<SequenceKind> schedule;  // none: for each pass what takes least time on `machine`
   std::optional<SequenceKind> backward;  // none: as `schedule`; ulysses and hybrid go with
                                          // themselves only
+  // Whether a token ring goes both ways by heads, where `schedule` is one; none: for each pass what
+  // takes less time on `machine`.
+  std::optional<bool> both_ways;
   int ulysses = 0;  // of hybrid: ranks that exchange heads; 0: what takes least time on `machine`
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   bool causal = true;

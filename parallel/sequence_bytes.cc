@@ -40,9 +40,16 @@ SequenceKind ParseSequenceKind(std::string_view name) {
              all);
 }
 
+bool CanGoBothWays(SequenceKind rows) {
+  return rows == SequenceKind::kTokenRing || rows == SequenceKind::kTokenRingRelay ||
+         rows == SequenceKind::kTokenRingLagged;
+}
+
 std::string Describe(const SequenceMethod& method, int ranks) {
-  if (method.kind != SequenceKind::kHybrid) return Name(method.kind);
-  return fmt::format("hybrid ({} x {}, {})", method.group, ranks / method.group, Name(method.rows));
+  const char* const how = method.both_ways ? " both ways" : "";
+  if (method.kind != SequenceKind::kHybrid) return fmt::format("{}{}", Name(method.kind), how);
+  return fmt::format("hybrid ({} x {}, {}{})", method.group, ranks / method.group,
+                     Name(method.rows), how);
 }
 
 SequenceSchedule::Heads SequenceSchedule::Share(int rank) const {
@@ -158,6 +165,16 @@ SequenceTraffic CountTraffic(const SequenceSchedule& schedule, const SequenceWid
   return traffic;
 }
 
+std::array<int64_t, 2> CountDirections(const SequenceSchedule& schedule,
+                                       const SequenceWidths& widths) {
+  std::array<int64_t, 2> bytes = {};
+  for (const auto& list : schedule.actions)
+    for (const SequenceAction& a : list)
+      if (a.op == SequenceOp::kSend && a.way != 0)
+        bytes[a.way > 0] += MessageBytes(schedule, a, widths);
+  return bytes;
+}
+
 int64_t SequenceTraffic::Sent(int rank, SequenceTag tag) const {
   int64_t sum = 0;
   for (int to = 0; to < ranks; ++to)
@@ -188,16 +205,19 @@ std::string ActionText(const SequenceAction& a) {
       text += fmt::format(" {}:[{}, {})", r.range, r.first, r.first + r.count);
     return text;
   };
+  const std::string heads = fmt::format(" heads [{}, {})", a.head_begin, a.head_end);
   switch (a.op) {
     case SequenceOp::kSend:
-      return fmt::format("send {} of {} to {}{}", Name(a.payload), a.owner, a.peer, rows(a.rows));
+      return fmt::format("send {} of {} to {}{}{}", Name(a.payload), a.owner, a.peer, rows(a.rows),
+                         heads);
     case SequenceOp::kReceive:
-      return fmt::format("receive {} of {} from {}{}", Name(a.payload), a.owner, a.peer,
-                         rows(a.rows));
+      return fmt::format("receive {} of {} from {}{}{}", Name(a.payload), a.owner, a.peer,
+                         rows(a.rows), heads);
     case SequenceOp::kMerge:
-      return fmt::format("merge {} of {}{}", Name(a.payload), a.owner, rows(a.rows));
+      return fmt::format("merge {} of {}{}{}", Name(a.payload), a.owner, rows(a.rows), heads);
     case SequenceOp::kTile:
-      return fmt::format("tile {}{} x {}{}", a.owner, rows(a.rows), a.key_owner, rows({a.keys}));
+      return fmt::format("tile {}{} x {}{}{}", a.owner, rows(a.rows), a.key_owner, rows({a.keys}),
+                         heads);
   }
   return "";
 }

@@ -8,22 +8,15 @@
 #include <tuple>
 
 #include "core/base/error.h"
-#include "parallel/sequence_schedule.h"
+#include "parallel/sequence_sets.h"
 
 namespace shoal {
 namespace {
 
-bool Inside(const SequenceRows& rows, const SequenceRows& all) {
-  return rows.range == all.range && rows.first >= all.first &&
-         rows.first + rows.count <= all.first + all.count;
-}
-bool Overlap(const SequenceRows& a, const SequenceRows& b) {
-  return a.range == b.range && a.first < b.first + b.count && b.first < a.first + a.count;
-}
-
-// A tile's share in its queries' results, or in its keys' gradients: of these rows.
+// A tile's share in its queries' results, or in its keys' gradients: of these rows and this cut of
+// the heads.
 struct Share {
-  int tile;
+  int tile, cut;
   SequenceRows rows;
 };
 
@@ -32,6 +25,7 @@ class Checker {
   explicit Checker(const SequenceSchedule& schedule) : s_(schedule) {}
 
   void Check() {
+    CutHeads();
     const std::vector<size_t> done =
         WalkSequence(s_, true, [&](int rank, size_t i) { Visit(rank, i); });
     for (int rank = 0; rank < s_.ranks(); ++rank) {
@@ -46,7 +40,27 @@ class Checker {
   }
 
  private:
-  using Key = std::tuple<int, bool, int>;  // rank, of keys, owner
+  using Key = std::tuple<int, bool, int, int>;  // rank, of keys, owner, cut of the heads
+
+  // The heads of tiles and of messages of rows begin and end at cuts; what lies between two goes
+  // the same ways, and is checked for itself. Known by its first head.
+  void CutHeads() {
+    cuts_.resize(static_cast<size_t>(s_.per_group()));
+    for (int rank = 0; rank < s_.ranks(); ++rank) {
+      const SequenceSchedule::Heads share = s_.Share(rank);
+      std::set<int>& cuts = cuts_[static_cast<size_t>(rank % s_.per_group())];
+      if (!share.empty()) cuts.insert({share.begin, share.end});
+      for (const SequenceAction& a : s_.actions[static_cast<size_t>(rank)])
+        if (!a.ExchangesHeads()) cuts.insert({a.head_begin, a.head_end});
+    }
+  }
+  std::vector<int> CutsOf(int rank, int begin, int end) const {
+    const std::set<int>& cuts = cuts_[static_cast<size_t>(rank % s_.per_group())];
+    return {cuts.lower_bound(begin), cuts.lower_bound(end)};
+  }
+  std::vector<int> CutsOf(int rank, const SequenceAction& a) const {
+    return CutsOf(rank, a.head_begin, a.head_end);
+  }
 
   void Visit(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
@@ -56,7 +70,7 @@ class Checker {
     switch (a.op) {
       case SequenceOp::kSend:
         sent_[{rank, a.peer}].push_back(i);
-        if (Carries(a)) moving_[{rank, a.peer}].push_back(Take({rank, OfKeys(a), a.owner}, a.rows));
+        if (Carries(a)) moving_[{rank, a.peer}].push_back(Take(rank, a));
         break;
       case SequenceOp::kReceive: {
         auto& queue = sent_[{a.peer, rank}];
@@ -70,8 +84,11 @@ class Checker {
           inbox_[rank] = {i, moving.front()};
           moving.pop_front();
         } else {
-          auto& held = held_[{rank, a.payload == SequencePayload::kKeyValue, a.owner}];
-          if (!a.ExchangesHeads()) held.insert(held.end(), a.rows.begin(), a.rows.end());
+          if (a.ExchangesHeads()) break;
+          for (const int cut : CutsOf(rank, a)) {
+            auto& held = held_[{rank, a.payload == SequencePayload::kKeyValue, a.owner, cut}];
+            held.insert(held.end(), a.rows.begin(), a.rows.end());
+          }
         }
         break;
       }
@@ -80,19 +97,21 @@ class Checker {
         const auto& [received, more] = inbox_[rank];
         if (!s_.actions[static_cast<size_t>(rank)][received].SameMessage(a))
           Fail(rank, i, "what was received last is something else");
-        auto& shares = shares_[{rank, OfKeys(a), a.owner}];
-        shares.insert(shares.end(), more.begin(), more.end());
+        for (const Share& share : more)
+          shares_[{rank, OfKeys(a), a.owner, share.cut}].push_back(share);
         inbox_.erase(rank);
         break;
       }
       case SequenceOp::kTile:
         tiles_.emplace_back(rank, i);
-        Need(rank, i, false, a.owner, a.rows[0]);
-        Need(rank, i, true, a.key_owner, a.keys);
         const int tile = static_cast<int>(tiles_.size()) - 1;
-        shares_[{rank, false, a.owner}].push_back({tile, a.rows[0]});
-        if (s_.pass == SequencePass::kBackward)
-          shares_[{rank, true, a.key_owner}].push_back({tile, a.keys});
+        for (const int cut : CutsOf(rank, a)) {
+          Need(rank, i, {rank, false, a.owner, cut}, a.rows[0]);
+          Need(rank, i, {rank, true, a.key_owner, cut}, a.keys);
+          shares_[{rank, false, a.owner, cut}].push_back({tile, cut, a.rows[0]});
+          if (s_.pass == SequencePass::kBackward)
+            shares_[{rank, true, a.key_owner, cut}].push_back({tile, cut, a.keys});
+        }
         break;
     }
   }
@@ -105,35 +124,26 @@ class Checker {
     return a.payload == SequencePayload::kKeyValueGradient;
   }
 
-  std::vector<Share> Take(const Key& key, const std::vector<SequenceRows>& rows) {
-    std::vector<Share> taken, left;
-    for (const Share& share : shares_[key]) {
-      std::vector<SequenceRows> rest = {share.rows};
-      for (const SequenceRows& r : rows) {
-        std::vector<SequenceRows> pieces;
-        for (const SequenceRows& p : rest) {
-          const int64_t first = std::max(p.first, r.first);
-          const int64_t end = std::min(p.first + p.count, r.first + r.count);
-          if (p.range != r.range || first >= end) {
-            pieces.push_back(p);
-            continue;
-          }
-          taken.push_back({share.tile, {p.range, first, end - first}});
-          if (p.first < first) pieces.push_back({p.range, p.first, first - p.first});
-          if (end < p.first + p.count) pieces.push_back({p.range, end, p.first + p.count - end});
-        }
-        rest = pieces;
+  std::vector<Share> Take(int rank, const SequenceAction& a) {
+    std::vector<Share> taken;
+    for (const int cut : CutsOf(rank, a)) {
+      std::vector<Share>& shares = shares_[{rank, OfKeys(a), a.owner, cut}];
+      std::vector<Share> left;
+      for (const Share& share : shares) {
+        for (const SequenceRows& r : Intersection({share.rows}, a.rows))
+          taken.push_back({share.tile, cut, r});
+        for (const SequenceRows& r : Difference({share.rows}, a.rows))
+          left.push_back({share.tile, cut, r});
       }
-      for (const SequenceRows& r : rest) left.push_back({share.tile, r});
+      shares = left;
     }
-    shares_[key] = left;
     return taken;
   }
 
-  void Need(int rank, size_t i, bool keys, int owner, const SequenceRows& rows) {
+  void Need(int rank, size_t i, const Key& key, const SequenceRows& rows) {
+    const int owner = std::get<2>(key);
     if (owner == s_.GroupOf(rank)) return;
-    const auto& held = held_[{rank, keys, owner}];
-    if (std::ranges::none_of(held, [&](const SequenceRows& h) { return Inside(rows, h); }))
+    if (std::ranges::none_of(held_[key], [&](const SequenceRows& h) { return Inside(rows, h); }))
       Fail(rank, i, "these rows of rank {} are not here", owner);
   }
 
@@ -153,44 +163,46 @@ class Checker {
   }
 
   void CheckCover() const {
-    // The share of the heads; owners and ranges of queries and keys.
-    using Place = std::tuple<int, int, int, int, int>;
+    // The share of the heads and the cut of it; owners and ranges of queries and keys.
+    using Place = std::tuple<int, int, int, int, int, int>;
     std::map<Place, std::vector<const SequenceAction*>> cover;
     for (const auto& [rank, i] : tiles_) {
       const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
-      auto& others =
-          cover[{rank % s_.per_group(), a.owner, a.rows[0].range, a.key_owner, a.keys.range}];
-      for (const SequenceAction* other : others)
-        if (Overlap(other->rows[0], a.rows[0]) && Overlap(other->keys, a.keys))
-          Fail(rank, i, "overlaps {}", ActionText(*other));
-      others.push_back(&a);
+      for (const int cut : CutsOf(rank, a)) {
+        auto& others = cover[{rank % s_.per_group(), cut, a.owner, a.rows[0].range, a.key_owner,
+                              a.keys.range}];
+        for (const SequenceAction* other : others)
+          if (Overlap(other->rows[0], a.rows[0]) && Overlap(other->keys, a.keys))
+            Fail(rank, i, "overlaps {}", ActionText(*other));
+        others.push_back(&a);
+      }
     }
-    for (int share = 0; share < s_.per_group(); ++share) {
-      if (s_.Share(share).empty()) continue;
-      for (int a = 0; a < s_.groups.ranks(); ++a)
-        for (int b = 0; b < s_.groups.ranks(); ++b)
-          for (int i = 0; i < std::ssize(s_.groups.ranges(a)); ++i)
-            for (int j = 0; j < std::ssize(s_.groups.ranges(b)); ++j) {
-              int64_t pairs = 0;
-              const auto found = cover.find({share, a, i, b, j});
-              if (found != cover.end())
-                for (const SequenceAction* t : found->second)
-                  pairs += Pairs(s_.Range(a, t->rows[0]), s_.Range(b, t->keys));
-              const int64_t all = Pairs(s_.groups.ranges(a)[static_cast<size_t>(i)],
-                                        s_.groups.ranges(b)[static_cast<size_t>(j)]);
-              if (pairs != all)
-                SHOAL_FAIL(ErrorKind::kConfig, "sequence",
-                           "{}: tiles have {} of the {} visible pairs of {}'s queries and {}'s "
-                           "keys",
-                           Name(s_.kind()), pairs, all, a, b);
-            }
-    }
+    for (int a = 0; a < s_.groups.ranks(); ++a)
+      for (int b = 0; b < s_.groups.ranks(); ++b)
+        for (int i = 0; i < std::ssize(s_.groups.ranges(a)); ++i)
+          for (int j = 0; j < std::ssize(s_.groups.ranges(b)); ++j) {
+            const int64_t all = Pairs(s_.groups.ranges(a)[static_cast<size_t>(i)],
+                                      s_.groups.ranges(b)[static_cast<size_t>(j)]);
+            for (int share = 0; share < s_.per_group(); ++share)
+              for (const int cut : CutsOf(share, s_.Share(share).begin, s_.Share(share).end)) {
+                int64_t pairs = 0;
+                const auto found = cover.find({share, cut, a, i, b, j});
+                if (found != cover.end())
+                  for (const SequenceAction* t : found->second)
+                    pairs += Pairs(s_.Range(a, t->rows[0]), s_.Range(b, t->keys));
+                if (pairs != all)
+                  SHOAL_FAIL(ErrorKind::kConfig, "sequence",
+                             "{}: tiles have {} of the {} visible pairs of {}'s queries and {}'s "
+                             "keys, for heads from {} on",
+                             Name(s_.kind()), pairs, all, a, b, cut);
+              }
+          }
   }
 
   void CheckShares() const {
     std::vector<std::array<int64_t, 2>> rows(tiles_.size());
     for (const auto& [key, shares] : shares_) {
-      const auto& [rank, of_keys, owner] = key;
+      const auto& [rank, of_keys, owner, cut] = key;
       for (const Share& share : shares) {
         const auto& [at, i] = tiles_[static_cast<size_t>(share.tile)];
         if (s_.GroupOf(rank) != owner) Fail(at, i, "its share stays at rank {}", rank);
@@ -200,8 +212,9 @@ class Checker {
     for (size_t t = 0; t < tiles_.size(); ++t) {
       const auto& [rank, i] = tiles_[t];
       const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
+      const int64_t cuts = std::ssize(CutsOf(rank, a));
       const int64_t keys = s_.pass == SequencePass::kBackward ? a.keys.count : 0;
-      if (rows[t][0] != a.rows[0].count || rows[t][1] != keys)
+      if (rows[t][0] != cuts * a.rows[0].count || rows[t][1] != cuts * keys)
         Fail(rank, i, "{} and {} of its rows' shares come to their owners", rows[t][0], rows[t][1]);
     }
   }
@@ -216,13 +229,16 @@ class Checker {
       Fail(rank, i, "{} has no such rows", owner);
   }
 
-  // Tiles and rows between groups are of this rank's heads.
+  // Tiles and rows between groups are of this rank's heads, and whole kv heads of them.
   void CheckHeadsOf(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
     const SequenceSchedule::Heads share = s_.Share(rank);
-    if (a.head_begin != share.begin || a.head_end != share.end)
+    if (a.head_begin < share.begin || a.head_end > share.end || a.head_begin >= a.head_end)
       Fail(rank, i, "heads [{}, {}) are not this rank's, which are [{}, {})", a.head_begin,
            a.head_end, share.begin, share.end);
+    for (const int head : {a.head_begin, a.head_end})
+      if (head != share.begin && head != share.end && head % (s_.heads / s_.kv_heads) != 0)
+        Fail(rank, i, "head {} is in the midst of those of a kv head", head);
     if (exchanged_[{rank, true}] > 0) Fail(rank, i, "comes after heads' results");
     if (exchanged_[{rank, false}] < Partners(rank, false))
       Fail(rank, i, "comes before all heads of the group's rows are here");
@@ -288,6 +304,7 @@ class Checker {
   }
 
   const SequenceSchedule& s_;
+  std::vector<std::set<int>> cuts_;                         // by share of the heads
   std::map<std::pair<int, int>, std::deque<size_t>> sent_;  // from, to: indices of sends
   std::map<std::pair<int, int>, std::deque<std::vector<Share>>> moving_;
   // By rank: the message that was received and is not merged, and what is in it.
@@ -315,7 +332,7 @@ std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
         const auto peer = static_cast<size_t>(std::max(a.peer, 0));
         if (a.op == SequenceOp::kSend) {
           if (strict) {
-            if (sends[r].size() >= kSequenceSendsInFlight) break;
+            if (sends[r].size() >= schedule.SendsInFlight()) break;
             sends[r].push_back(a.peer);
           } else
             waiting[r * ranks + peer].push_back(a.peer);

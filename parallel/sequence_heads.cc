@@ -6,11 +6,6 @@
 namespace shoal {
 namespace {
 
-bool OfKeys(SequenceTag tag) {
-  using enum SequenceTag;
-  return tag == kK || tag == kV || tag == kDK || tag == kDV;
-}
-
 class HeadsExchange : public SequencePassBase {
  public:
   HeadsExchange(const SequenceSchedule& schedule, const SequencePassOptions& options,

@@ -66,7 +66,7 @@ Tensor SequencePassBase::Buffer(const SequenceAction& a) const {
 }
 
 void SequencePassBase::Send(const SequenceAction& a) {
-  wire_.WaitForRoom();
+  wire_.WaitForRoom(s_.SendsInFlight());
   // Rows that go to several ranks are packed once.
   const bool given =
       a.payload == SequencePayload::kQuery || a.payload == SequencePayload::kKeyValue;
@@ -155,7 +155,7 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
   };
   exchange(SequencePayload::kHeads, {all.begin(), rows});
   // dK and dV of several shares are rounded as a sum.
-  MakeRowsPass(schedule, options, wire, schedule.GroupOf(rank), {rows, back}, false, share)->Run();
+  MakeRowsPass(schedule, options, wire, rank, {rows, back}, false, share)->Run();
   exchange(SequencePayload::kHeadsResult, {back, all.end()});
   if (schedule.pass == SequencePass::kForward)
     for (const auto& [of_share, head] : kKept) x.*head = share.*of_share;

@@ -39,7 +39,11 @@ class SequencePassBase {
   void DropReceived() { received_ = {}; }
 
   static bool IsStatistic(Tag tag) { return tag == Tag::kLse || tag == Tag::kDelta; }
+  static bool OfKeys(Tag tag) {
+    return tag == Tag::kK || tag == Tag::kV || tag == Tag::kDK || tag == Tag::kDV;
+  }
   static int TokenDim(Tag tag) { return IsStatistic(tag) ? 2 : 1; }
+  static int HeadDim(Tag tag) { return IsStatistic(tag) ? 1 : 2; }
   Tensor Wide(const Dims& shape, double value,
               MemoryClass memory_class = MemoryClass::kWorkspace) const {
     return Tensor::Full(shape, wide_, value, memory_class);
@@ -104,7 +108,7 @@ class SequencePassBase {
 // left as wide as sums if not.
 std::unique_ptr<SequencePassBase> MakeRowsPass(const SequenceSchedule& schedule,
                                                const SequencePassOptions& options,
-                                               SequenceWire& wire, int group,
+                                               SequenceWire& wire, int rank,
                                                SequencePassBase::Actions actions, bool round,
                                                SequenceArrays& arrays);
 // The exchange of heads, there or back: `arrays` are of the rank's rows and all heads, `share` of

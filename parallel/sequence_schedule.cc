@@ -4,64 +4,27 @@
 
 #include "core/base/error.h"
 #include "parallel/communicator.h"
+#include "parallel/sequence_sets.h"
 
 namespace shoal {
 namespace {
 
-using Rows = std::vector<SequenceRows>;
-
-// The smallest rows that hold both; of one range.
-SequenceRows Hull(const SequenceRows& a, const SequenceRows& b) {
-  const int64_t first = std::min(a.first, b.first);
-  return {a.range, first, std::max(a.first + a.count, b.first + b.count) - first};
-}
-void Include(Rows& rows, const SequenceRows& more) {
-  for (SequenceRows& r : rows)
-    if (r.range == more.range) {
-      r = Hull(r, more);
-      return;
-    }
-  rows.push_back(more);
-  std::ranges::sort(rows, {}, &SequenceRows::range);
-}
-Rows Intersection(const Rows& a, const Rows& b) {
-  Rows common;
-  for (const SequenceRows& x : a)
-    for (const SequenceRows& y : b) {
-      const int64_t first = std::max(x.first, y.first);
-      const int64_t end = std::min(x.first + x.count, y.first + y.count);
-      if (x.range == y.range && first < end) common.push_back({x.range, first, end - first});
-    }
-  return common;
-}
-// a without b; both have each range at most once.
-Rows Difference(const Rows& a, const Rows& b) {
-  Rows rest;
-  for (const SequenceRows& x : a) {
-    int64_t first = x.first;
-    const int64_t end = x.first + x.count;
-    for (const SequenceRows& y : b) {
-      if (y.range != x.range) continue;
-      if (y.first > first) rest.push_back({x.range, first, std::min(end, y.first) - first});
-      first = std::max(first, y.first + y.count);
-    }
-    if (first < end) rest.push_back({x.range, first, end - first});
-  }
-  return rest;
-}
-int64_t Count(const Rows& rows) {
-  int64_t n = 0;
-  for (const SequenceRows& r : rows) n += r.count;
-  return n;
-}
+using Rows = SequenceRowSet;
+using Heads = SequenceSchedule::Heads;
 
 struct Tile {
   SequenceRows q, k;
 };
 
+// Heads whose rows go one way, and what comes of them another.
+struct Part {
+  Heads heads;
+  int step;  // +1: to higher ranks
+  int back;
+};
+
 // Some rows of every owner that travel around the ring, and what has to arrive at which visit.
-struct Flow {
-  int step;                               // +1: to higher ranks
+struct Flow : Part {
   std::vector<std::vector<Rows>> arrive;  // [owner][visit], from visit 1 on; one more, empty
 };
 
@@ -77,11 +40,12 @@ class Maker {
       for (int b = 0; b < ranks_; ++b) MakeTiles(a, b);
   }
 
-  // Between the groups, for each share of the heads.
-  void MoveRows(SequenceKind kind) {
+  // Between the groups, for each share of the heads. Returns whether heads are mirrored.
+  bool MoveRows(SequenceKind kind, bool both_ways) {
     const int ahead = Ahead(ranks_);
+    both_ways_ = both_ways;
     for (place_ = 0; place_ < per_group_; ++place_) {
-      if (s_.Share(place_).empty()) continue;
+      if (Share().empty()) continue;
       switch (kind) {
         case SequenceKind::kTokenRing:
           Direct(true, ahead);
@@ -108,6 +72,7 @@ class Maker {
           for (rank_ = 0; rank_ < ranks_; ++rank_) Self(kWhole);
       }
     }
+    return mirrored_;
   }
 
   // Within the groups: each rank's rows of the heads of each, there or back.
@@ -143,27 +108,40 @@ class Maker {
   static int Ahead(int ranks) { return std::clamp(ranks - 2, 1, 2); }
 
   // Rows go straight to who needs them, and what comes of them straight back. Step s: of rank r's
-  // to rank r - s. Rows are sent `ahead` steps early, so that as many links are busy.
+  // to rank r - s, of mirrored heads to rank r + s. Rows are sent `ahead` steps early, so that as
+  // many links are busy.
   void Direct(bool queries, int ahead) {
     const bool back = queries || s_.pass == SequencePass::kBackward;
+    std::vector<Part> parts = {{Share(), -1, 1}};
+    if (queries)
+      if (const Heads mirrored = Mirrored(1, 0, 1); !mirrored.empty()) {
+        parts[0].heads.end = mirrored.begin;
+        parts.push_back({mirrored, 1, -1});
+      }
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
       const auto give = [&](int step) {
-        const int to = Mod(rank_ - step);
-        if (step < ranks_) Send(Out(queries), to, rank_, Needed(queries, rank_, to));
+        for (const Part& p : parts) {
+          const int to = Mod(rank_ + p.step * step);
+          if (step < ranks_) Send(p, Out(queries), to, rank_, Needed(queries, rank_, to));
+        }
       };
       const auto take_back = [&](int step) {
-        const int from = Mod(rank_ - step);
-        if (back) ReceiveAndMerge(Back(queries), from, rank_, Needed(queries, rank_, from));
+        for (const Part& p : parts) {
+          const int from = Mod(rank_ + p.step * step);
+          if (back) ReceiveAndMerge(p, Back(queries), from, rank_, Needed(queries, rank_, from));
+        }
       };
       for (int step = 1; step <= ahead + 1; ++step) give(step);
       Self(back ? kFirstHalf : kWhole);
       for (int step = 1; step < ranks_; ++step) {
-        const int owner = Mod(rank_ + step);
-        const Rows& rows = Needed(queries, owner, rank_);
         if (step > 1) give(step + ahead);
-        Receive(Out(queries), owner, owner, rows);
-        Tiles(queries, owner, rows);
-        if (back) Send(Back(queries), owner, owner, rows);
+        for (const Part& p : parts) {
+          const int owner = Mod(rank_ - p.step * step);
+          const Rows& rows = Needed(queries, owner, rank_);
+          Receive(p, Out(queries), owner, owner, rows);
+          Tiles(p.heads, queries, owner, rows);
+          if (back) Send(p, Back(queries), owner, owner, rows);
+        }
         if (step > ahead) take_back(step - ahead);
       }
       if (back) Self(kSecondHalf);
@@ -174,30 +152,31 @@ class Maker {
   // Everything is there before anything is computed.
   void Gathered(int ahead) {
     const bool back = s_.pass == SequencePass::kBackward;
+    const Part all{Share(), -1, 1};
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
       Exchange(
           ranks_, ahead,
           [&](int step) {
             const int to = Mod(rank_ - step);
-            Send(Out(false), to, rank_, Needed(false, rank_, to));
+            Send(all, Out(false), to, rank_, Needed(false, rank_, to));
           },
           [&](int step) {
             const int from = Mod(rank_ + step);
-            Receive(Out(false), from, from, Needed(false, from, rank_));
+            Receive(all, Out(false), from, from, Needed(false, from, rank_));
           });
       Self(kWhole);
       for (int step = 1; step < ranks_; ++step)
-        Tiles(false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));
+        Tiles(all.heads, false, Mod(rank_ + step), Needed(false, Mod(rank_ + step), rank_));
       if (!back) continue;
       Exchange(
           ranks_, ahead,
           [&](int step) {
             const int owner = Mod(rank_ + step);
-            Send(Back(false), owner, owner, Needed(false, owner, rank_));
+            Send(all, Back(false), owner, owner, Needed(false, owner, rank_));
           },
           [&](int step) {
             const int from = Mod(rank_ - step);
-            ReceiveAndMerge(Back(false), from, rank_, Needed(false, rank_, from));
+            ReceiveAndMerge(all, Back(false), from, rank_, Needed(false, rank_, from));
           });
     }
   }
@@ -207,7 +186,7 @@ class Maker {
   // to it; then it goes home.
   void Ring(bool queries, bool two_way, bool straight) {
     const bool back = queries || s_.pass == SequencePass::kBackward;
-    const std::vector<Flow> flows = two_way ? BothWays(queries) : OneWay(queries);
+    const std::vector<Flow> flows = Flows(queries, two_way, straight);
     const SequencePayload out = Out(queries), home = Back(queries);
     for (rank_ = 0; rank_ < ranks_; ++rank_) {
       const auto own = static_cast<size_t>(rank_);
@@ -217,44 +196,44 @@ class Maker {
           const int from = Mod(rank_ + f.step * step);
           const auto& a = f.arrive[own];
           const auto at = static_cast<size_t>(step);
-          ReceiveAndMerge(home, from, rank_,
+          ReceiveAndMerge(f, home, from, rank_,
                           straight ? Intersection(Needed(queries, rank_, from), a[at])
                                    : Difference(a[at], a[at + 1]));
         }
       };
-      for (const Flow& f : flows) Send(out, Mod(rank_ + f.step), rank_, f.arrive[own][1]);
+      for (const Flow& f : flows) Send(f, out, Mod(rank_ + f.step), rank_, f.arrive[own][1]);
       Self(back ? kFirstHalf : kWhole);
       for (int step = 1; step < ranks_; ++step) {
         const auto at = static_cast<size_t>(step);
         for (const Flow& f : flows) {
           const int owner = Mod(rank_ - f.step * step);
           const auto& a = f.arrive[static_cast<size_t>(owner)];
-          Receive(out, Mod(rank_ - f.step), owner, a[at]);
-          Send(out, Mod(rank_ + f.step), owner, a[at + 1]);
+          Receive(f, out, Mod(rank_ - f.step), owner, a[at]);
+          Send(f, out, Mod(rank_ + f.step), owner, a[at + 1]);
         }
         for (const Flow& f : flows) {
           const int owner = Mod(rank_ - f.step * step);
-          Tiles(queries, owner, f.arrive[static_cast<size_t>(owner)][at]);
+          Tiles(f.heads, queries, owner, f.arrive[static_cast<size_t>(owner)][at]);
         }
         if (!back) continue;
         for (const Flow& f : flows) {
           const int owner = Mod(rank_ - f.step * step);
           const auto& a = f.arrive[static_cast<size_t>(owner)];
           if (straight) {
-            Send(home, owner, owner, Intersection(Needed(queries, owner, rank_), a[at]));
+            Send(f, home, owner, owner, Intersection(Needed(queries, owner, rank_), a[at]));
           } else if (step > 1) {
-            ReceiveAndMerge(home, Mod(rank_ - f.step), owner, a[at]);
+            ReceiveAndMerge(f, home, Mod(rank_ - f.step), owner, a[at]);
           }
         }
         if (!straight) {
           for (const Flow& f : flows) {
             const int owner = Mod(rank_ - f.step * step);
-            Send(home, Mod(rank_ + f.step), owner, f.arrive[static_cast<size_t>(owner)][at + 1]);
+            Send(f, home, Mod(rank_ + f.step), owner, f.arrive[static_cast<size_t>(owner)][at + 1]);
           }
           for (const Flow& f : flows) {
             const int owner = Mod(rank_ - f.step * step);
             const auto& a = f.arrive[static_cast<size_t>(owner)];
-            Send(home, owner, owner, Difference(a[at], a[at + 1]));
+            Send(f, home, owner, owner, Difference(a[at], a[at + 1]));
           }
         }
         if (step > 1) take_back(step - 1);
@@ -337,14 +316,14 @@ class Maker {
     for (const Rows& here : Arrivals(queries, owner, step, rows)) hops += Count(here);
     return hops;
   }
-  Flow MakeFlow(bool queries, int step, const std::vector<Rows>& rows) const {
-    Flow flow{step, {}};
+  Flow MakeFlow(bool queries, const Part& part, const std::vector<Rows>& rows) const {
+    Flow flow{part, {}};
     for (int owner = 0; owner < ranks_; ++owner)
-      flow.arrive.push_back(Arrivals(queries, owner, step, rows[static_cast<size_t>(owner)]));
+      flow.arrive.push_back(Arrivals(queries, owner, part.step, rows[static_cast<size_t>(owner)]));
     return flow;
   }
 
-  std::vector<Flow> OneWay(bool queries) const {
+  std::vector<Flow> Flows(bool queries, bool two_way, bool straight) {
     std::vector<Rows> all;
     int64_t up = 0, down = 0;
     for (int owner = 0; owner < ranks_; ++owner) {
@@ -352,12 +331,48 @@ class Maker {
       up += Hops(queries, owner, 1, all.back());
       down += Hops(queries, owner, -1, all.back());
     }
-    return {MakeFlow(queries, up < down ? 1 : -1, all)};
+    const int step = up < down ? 1 : -1, back = straight ? -1 : 1;
+    if (queries && both_ways_)
+      if (auto flows = WaysByHeads(step, back, all); !flows.empty()) return flows;
+    if (two_way) return WaysByRows(queries);
+    return {MakeFlow(queries, {Share(), step, step * back}, all)};
+  }
+
+  // Some heads' queries one way. Of the mirrored ones' what has no longer a way by the other goes
+  // by that, and the rest as all of the others.
+  std::vector<Flow> WaysByHeads(int step, int back, const std::vector<Rows>& all) {
+    std::vector<Rows> other(all.size()), same(all.size());
+    int64_t hops_same = 0, hops_other = 0;
+    for (int owner = 0; owner < ranks_; ++owner)
+      for (const SequenceRows& range : all[static_cast<size_t>(owner)]) {
+        const int64_t s = Hops(true, owner, step, {range}), o = Hops(true, owner, -step, {range});
+        (o > s ? hops_same : hops_other) += std::min(s, o);
+        (o > s ? same : other)[static_cast<size_t>(owner)].push_back(range);
+      }
+    const Heads mirrored = Mirrored(hops_same + hops_other, hops_same, hops_other);
+    if (mirrored.empty()) return {};
+    const Heads rest{Share().begin, mirrored.begin};
+    std::vector<Flow> flows = {MakeFlow(true, {mirrored, -step, -step * back}, other),
+                               MakeFlow(true, {mirrored, step, step * back}, same)};
+    if (!rest.empty()) flows.push_back(MakeFlow(true, {rest, step, step * back}, all));
+    return flows;
+  }
+
+  // Heads of the share, the last ones: of each `other` rows go the other way and `same` as all of
+  // the rest's. As many as bring the directions nearest to each other, whole kv heads.
+  Heads Mirrored(int64_t all, int64_t same, int64_t other) {
+    const Heads share = Share();
+    const int kv = s_.KvEnd(share.end) - s_.KvBegin(share.begin);
+    const auto apart = [&](int n) { return std::abs((kv - n) * all + n * same - n * other); };
+    int n = 0;
+    while (both_ways_ && ranks_ > 1 && n < kv && apart(n + 1) < apart(n)) ++n;
+    mirrored_ = mirrored_ || n > 0;
+    return {share.end - n * (share.end - share.begin) / kv, share.end};
   }
 
   // A range goes where it has less far; where that is equal, a part each way, so that as many rows
   // of an owner set out in both: the first step is the longest.
-  std::vector<Flow> BothWays(bool queries) const {
+  std::vector<Flow> WaysByRows(bool queries) const {
     std::vector<Rows> up(static_cast<size_t>(ranks_)), down = up;
     for (int owner = 0; owner < ranks_; ++owner) {
       const auto o = static_cast<size_t>(owner);
@@ -376,53 +391,59 @@ class Maker {
         if (n < range.count) up[o].push_back({range.range, range.first + n, range.count - n});
       }
     }
-    return {MakeFlow(queries, -1, down), MakeFlow(queries, 1, up)};
+    return {MakeFlow(queries, {Share(), -1, -1}, down), MakeFlow(queries, {Share(), 1, 1}, up)};
   }
 
   void Add(SequenceAction action) {
     s_.actions[static_cast<size_t>(Real(rank_))].push_back(std::move(action));
   }
-  // Of this place's heads.
-  void AddOfShare(SequenceAction action) {
-    const SequenceSchedule::Heads heads = s_.Share(place_);
-    action.head_begin = heads.begin;
-    action.head_end = heads.end;
-    Add(std::move(action));
-  }
+  // The heads of this place.
+  Heads Share() const { return s_.Share(place_); }
   void Message(SequenceAction action) {
     if (Count(action.rows) > 0 && action.head_begin < action.head_end) Add(std::move(action));
   }
-  void OfRows(SequenceOp op, SequencePayload payload, int peer, int owner, const Rows& rows) {
-    if (Count(rows) == 0) return;
-    AddOfShare({.op = op,
-                .payload = payload,
-                .peer = op == SequenceOp::kMerge ? -1 : Real(peer),
-                .owner = owner,
-                .rows = rows});
+  void OfRows(SequenceOp op, const Part& part, SequencePayload payload, int peer, int owner,
+              const Rows& rows) {
+    const bool merge = op == SequenceOp::kMerge;
+    Message({.op = op,
+             .payload = payload,
+             .peer = merge ? -1 : Real(peer),
+             .owner = owner,
+             .rows = rows,
+             .head_begin = part.heads.begin,
+             .head_end = part.heads.end,
+             .way = merge ? 0
+                    : payload == SequencePayload::kQuery || payload == SequencePayload::kKeyValue
+                        ? part.step
+                        : part.back});
   }
-  void Send(SequencePayload payload, int to, int owner, const Rows& rows) {
-    OfRows(SequenceOp::kSend, payload, to, owner, rows);
+  void Send(const Part& part, SequencePayload payload, int to, int owner, const Rows& rows) {
+    OfRows(SequenceOp::kSend, part, payload, to, owner, rows);
   }
-  void Receive(SequencePayload payload, int from, int owner, const Rows& rows) {
-    OfRows(SequenceOp::kReceive, payload, from, owner, rows);
+  void Receive(const Part& part, SequencePayload payload, int from, int owner, const Rows& rows) {
+    OfRows(SequenceOp::kReceive, part, payload, from, owner, rows);
   }
-  void ReceiveAndMerge(SequencePayload payload, int from, int owner, const Rows& rows) {
-    Receive(payload, from, owner, rows);
-    OfRows(SequenceOp::kMerge, payload, from, owner, rows);
+  void ReceiveAndMerge(const Part& part, SequencePayload payload, int from, int owner,
+                       const Rows& rows) {
+    Receive(part, payload, from, owner, rows);
+    OfRows(SequenceOp::kMerge, part, payload, from, owner, rows);
   }
-  void AddTile(int q_owner, int k_owner, const Tile& t) {
-    AddOfShare({.op = SequenceOp::kTile,
-                .owner = q_owner,
-                .rows = {t.q},
-                .key_owner = k_owner,
-                .keys = t.k});
+  void AddTile(const Heads& heads, int q_owner, int k_owner, const Tile& t) {
+    Add({.op = SequenceOp::kTile,
+         .owner = q_owner,
+         .rows = {t.q},
+         .key_owner = k_owner,
+         .keys = t.k,
+         .head_begin = heads.begin,
+         .head_end = heads.end});
   }
   // Of this rank with `rows` of the owner.
-  void Tiles(bool queries, int owner, const Rows& rows) {
+  void Tiles(const Heads& heads, bool queries, int owner, const Rows& rows) {
     const int a = queries ? owner : rank_, b = queries ? rank_ : owner;
     for (const Tile& t : TilesOf(a, b))
       for (const SequenceRows& r : Intersection({queries ? t.q : t.k}, rows))
-        if (const auto cut = Cut(a, queries ? r : t.q, b, queries ? t.k : r)) AddTile(a, b, *cut);
+        if (const auto cut = Cut(a, queries ? r : t.q, b, queries ? t.k : r))
+          AddTile(heads, a, b, *cut);
   }
   // This rank's own tiles, or the first or second half of their queries: one before anything
   // arrives and one while the last results are on their way.
@@ -432,13 +453,14 @@ class Maker {
       SequenceRows q = t.q;
       if (half == kFirstHalf) q.count = middle;
       if (half == kSecondHalf) q.first += middle, q.count -= middle;
-      if (const auto cut = Cut(rank_, q, rank_, t.k)) AddTile(rank_, rank_, *cut);
+      if (const auto cut = Cut(rank_, q, rank_, t.k)) AddTile(Share(), rank_, rank_, *cut);
     }
   }
 
   SequenceSchedule& s_;
   const int ranks_, per_group_;
   int rank_ = 0, place_ = 0;  // whose list is being made
+  bool both_ways_ = false, mirrored_ = false;
   std::vector<std::vector<Tile>> tiles_;
 };
 
@@ -452,13 +474,15 @@ SequenceSchedule MakeSequenceSchedule(const SequenceMethod& method, SequencePass
   const bool hybrid = method.kind == SequenceKind::kHybrid;
   SHOAL_CHECK(!hybrid || static_cast<int>(method.rows) < kSequenceRowKinds, "sequence",
               "{} moves no rows between groups", Name(method.rows));
+  SHOAL_CHECK(!method.both_ways || CanGoBothWays(hybrid ? method.rows : method.kind), "sequence",
+              "{} does not go both ways by heads", Name(hybrid ? method.rows : method.kind));
   const int per_group =
       method.kind == SequenceKind::kUlysses ? layout.ranks() : (hybrid ? method.group : 1);
   SequenceSchedule schedule{method, pass,  layout,   layout.Groups(per_group),
                             mask,   heads, kv_heads, {}};
   Maker maker(schedule);
   maker.ExchangeHeads(SequencePayload::kHeads);
-  maker.MoveRows(schedule.rows_kind());
+  schedule.method.both_ways = maker.MoveRows(schedule.rows_kind(), method.both_ways);
   maker.ExchangeHeads(SequencePayload::kHeadsResult);
   return schedule;
 }

@@ -47,6 +47,18 @@ namespace shoal {
 //                     2406.18485)
 // A ring turns in the direction in which fewer rows travel: to lower ranks for a causal mask and a
 // zigzag layout, which leaves 3/4 of the rows where 2P divides the tokens.
+//
+// By heads, a token ring goes both ways: queries of some heads go to lower ranks, those of the
+// other, mirrored, ones to higher ranks, and results accordingly. Then both directions carry the
+// same bytes even where a query, or {Q, dO, lse, delta}, is not as wide as what comes back for it.
+// The cut is between kv heads, where the directions come nearest to each other; of n kv heads are
+// mirrored
+//   n/2    of full attention, and wherever rows go straight
+//   3/4 n P/(P+1)  of a causal mask and a zigzag layout, from neighbour to neighbour: all other
+//          ranks need the late half of a rank's queries, which may go round either way, but the
+//          early half goes down, or would pass ranks that need none of it. So the bytes stay 3/4.
+//          (The halves of rank P-1 are one range, which goes one way.)
+//   none   of a causal mask and a contiguous layout, as only lower ranks need a query
 enum class SequenceKind {
   kTokenRing,
   kTokenRingRelay,
@@ -68,9 +80,13 @@ struct SequenceMethod {
   SequenceKind kind;
   int group = 1;                                 // of hybrid: the ranks that exchange heads
   SequenceKind rows = SequenceKind::kTokenRing;  // of hybrid: how rows move between groups
-};
+  bool both_ways = false;                        // by heads, of a token ring
 
-// "kv_ring", "hybrid (2 x 4, kv_ring)" of 8 ranks.
+  bool operator==(const SequenceMethod&) const = default;
+};
+bool CanGoBothWays(SequenceKind rows);
+
+// "kv_ring", "token_ring both ways", "hybrid (2 x 4, kv_ring)" of 8 ranks.
 std::string Describe(const SequenceMethod& method, int ranks);
 
 enum class SequencePass { kForward, kBackward };
@@ -116,6 +132,7 @@ struct SequenceAction {
   int key_owner = -1;                   // of a tile
   SequenceRows keys = {};
   int head_begin = 0, head_end = 0;  // query heads; kv heads are those that they need
+  int way = 0;  // of a message of rows: round the ring to lower ranks, -1, or to higher ones, +1
 
   bool ExchangesHeads() const {
     return (op == SequenceOp::kSend || op == SequenceOp::kReceive) &&
@@ -150,15 +167,21 @@ struct SequenceSchedule {
   struct Heads {
     int begin, end;
     bool empty() const { return begin >= end; }
+    bool operator==(const Heads&) const = default;
   };
   // The query heads that a rank works on. They have as many kv heads each, or one.
   Heads Share(int rank) const;
   int KvBegin(int head) const { return head / (heads / kv_heads); }
   int KvEnd(int head_end) const { return (head_end + heads / kv_heads - 1) / (heads / kv_heads); }
+  // How many messages of a rank may be on their way, so that one that is ahead of its receivers
+  // does not hold ever more of them. Those of part of the heads are as many bytes.
+  size_t SendsInFlight() const { return method.both_ways ? 12 : 6; }
   // Whether dK and dV of some kv head come from several shares of the heads.
   bool SharesKvHeads() const;
 };
 
+// The result's method goes both ways only if heads are mirrored: one kv head is not, if it has to
+// be all of them or nothing.
 SequenceSchedule MakeSequenceSchedule(const SequenceMethod& method, SequencePass pass,
                                       const SequenceLayout& layout, const SequenceMask& mask,
                                       int heads, int kv_heads);
@@ -194,10 +217,9 @@ struct SequenceTraffic {
   int64_t Total() const;
 };
 SequenceTraffic CountTraffic(const SequenceSchedule& schedule, const SequenceWidths& widths);
-
-// How many messages of a rank may be on their way, so that one that is ahead of its receivers does
-// not hold ever more of them.
-constexpr size_t kSequenceSendsInFlight = 6;
+// Bytes of the messages of rows that go to lower ranks, and to higher ones.
+std::array<int64_t, 2> CountDirections(const SequenceSchedule& schedule,
+                                       const SequenceWidths& widths);
 
 // Calls visit(rank, i) for every actions[rank][i]: a rank's in their order, and a receive after its
 // message was sent. `strict`: as if a rank's sends were done one after the other, each when its
@@ -209,9 +231,9 @@ std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
 
 // Throws an Error that names rank and action unless all messages are received in the order in which
 // they are sent, the ranks come to an end (strictly), no tile uses rows that are not there, every
-// visible pair of query and key is in one tile of every share of the heads, each tile's share comes
-// into its owner's result and gradients once, and heads are exchanged before and after all that,
-// each rank's rows once with every rank of its group.
+// visible pair of query and key is in one tile of every head, each tile's share comes into its
+// owner's result and gradients once, heads are cut between kv heads, and heads are exchanged before
+// and after all that, each rank's rows once with every rank of its group.
 void CheckSequenceSchedule(const SequenceSchedule& schedule);
 
 std::string ActionText(const SequenceAction& action);

@@ -161,7 +161,7 @@ SequenceSimulation SimulateSequence(const SequenceSchedule& schedule, const Sequ
 double SequenceTimeModel(const SequenceSchedule& schedule, const SequenceWidths& widths,
                          const SequenceMachine& machine) {
   const double p = schedule.groups.ranks(), u = schedule.per_group();
-  if (schedule.ranks() < 2) return -1;
+  if (schedule.ranks() < 2 || schedule.method.both_ways) return -1;
   // A rank's own part of all rows and heads, in elements of Q; while rows move it has as much, of
   // the group's rows and 1/U of the heads.
   const auto rows = static_cast<double>(schedule.layout.Rows(0));
@@ -222,54 +222,115 @@ std::vector<int> SequenceGroupSizes(int ranks) {
   return sizes;
 }
 
-SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
-                              int kv_heads, const SequenceWidths& widths,
-                              const SequenceMachine& machine, std::span<const int> groups) {
+namespace {
+
+// Of some methods the one that takes least time, and a text of all.
+class Choice {
+ public:
+  Choice(SequencePass pass, const SequenceLayout& layout, const SequenceMask& mask, int heads,
+         int kv_heads, const SequenceWidths& widths, const SequenceMachine& machine)
+      : pass_(pass),
+        layout_(layout),
+        mask_(mask),
+        heads_(heads),
+        kv_heads_(kv_heads),
+        widths_(widths),
+        machine_(machine) {}
+
   struct Best {
     SequenceMethod method;
     double seconds = std::numeric_limits<double>::infinity();
   };
-  using Passes = std::array<Best, 2>;
-  std::array<std::string, 2> all;
-  // Of hybrids of one size the reason names the best.
-  const auto best = [&](SequencePass pass, std::span<const SequenceMethod> methods) {
-    std::string& text = all[static_cast<size_t>(pass)];
-    const auto tell = [&](const Best& tried) {
-      text += fmt::format("{}{} {:.3g}", text.empty() ? "" : ", ",
-                          Describe(tried.method, layout.ranks()), tried.seconds * 1e3);
-    };
+
+  // Of hybrids, which are of one size, the text names the best.
+  Best Among(std::span<const SequenceMethod> methods) {
     Best least{methods[0]};
     for (const SequenceMethod& method : methods) {
-      const double seconds =
-          SimulateSequence(MakeSequenceSchedule(method, pass, layout, mask, heads, kv_heads),
-                           widths, machine)
-              .seconds;
-      if (seconds < least.seconds) least = {method, seconds};
-      if (method.kind != SequenceKind::kHybrid) tell({method, seconds});
+      const SequenceSchedule schedule =
+          MakeSequenceSchedule(method, pass_, layout_, mask_, heads_, kv_heads_);
+      if (schedule.method != method) {  // no heads go the other way
+        alike_ = true;
+        continue;
+      }
+      const Best tried{method, SimulateSequence(schedule, widths_, machine_).seconds};
+      if (tried.seconds < least.seconds) least = tried;
+      if (method.kind != SequenceKind::kHybrid) Tell(tried);
     }
-    if (least.method.kind == SequenceKind::kHybrid) tell(least);
+    if (least.method.kind == SequenceKind::kHybrid) Tell(least);
     return least;
-  };
+  }
+  const std::string& text() const { return text_; }
+  bool alike() const { return alike_; }  // both ways would be one way
+
+ private:
+  void Tell(const Best& tried) {
+    text_ += fmt::format("{}{} {:.3g}", text_.empty() ? "" : ", ",
+                         Describe(tried.method, layout_.ranks()), tried.seconds * 1e3);
+  }
+
+  const SequencePass pass_;
+  const SequenceLayout& layout_;
+  const SequenceMask& mask_;
+  const int heads_, kv_heads_;
+  const SequenceWidths& widths_;
+  const SequenceMachine& machine_;
+  std::string text_;
+  bool alike_ = false;
+};
+
+// Alone or, in groups, as a hybrid's; in one direction, both, or either.
+std::vector<SequenceMethod> WaysOf(SequenceKind rows, int group, std::optional<bool> both_ways) {
+  SequenceMethod method{rows};
+  if (group > 1) method = {SequenceKind::kHybrid, group, rows};
+  std::vector<SequenceMethod> ways;
+  const bool can = CanGoBothWays(rows);
+  if (!can || !both_ways.value_or(false)) ways.push_back(method);
+  method.both_ways = true;
+  if (can && both_ways.value_or(true)) ways.push_back(method);
+  return ways;
+}
+
+}  // namespace
+
+SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
+                              int kv_heads, const SequenceWidths& widths,
+                              const SequenceMachine& machine, std::span<const int> groups) {
+  Choice forward(SequencePass::kForward, layout, mask, heads, kv_heads, widths, machine);
+  Choice backward(SequencePass::kBackward, layout, mask, heads, kv_heads, widths, machine);
+  using Passes = std::array<Choice::Best, 2>;
   const auto sum = [](const Passes& passes) { return passes[0].seconds + passes[1].seconds; };
   Passes least;
   for (const int group : groups) {
     std::vector<SequenceMethod> methods;
-    for (int k = 0; k < kSequenceRowKinds; ++k) {
-      const auto rows = static_cast<SequenceKind>(k);
-      if (group == 1)
-        methods.push_back({rows});
-      else if (group < layout.ranks())
-        methods.push_back({SequenceKind::kHybrid, group, rows});
-    }
+    for (int k = 0; k < kSequenceRowKinds && (group == 1 || group < layout.ranks()); ++k)
+      for (const SequenceMethod& method : WaysOf(static_cast<SequenceKind>(k), group, {}))
+        methods.push_back(method);
     if (methods.empty()) methods.push_back({SequenceKind::kUlysses});
-    const Passes passes = {best(SequencePass::kForward, methods),
-                           best(SequencePass::kBackward, methods)};
+    const Passes passes = {forward.Among(methods), backward.Among(methods)};
     if (sum(passes) < sum(least)) least = passes;
   }
   return {least[0].method, least[1].method,
           fmt::format("least milliseconds on a {} fabric: forward {}; backward {}",
-                      Name(machine.fabric), all[0], all[1]),
+                      Name(machine.fabric), forward.text(), backward.text()),
           least[0].seconds, least[1].seconds};
+}
+
+SequenceChoice ChooseWays(SequenceKind forward, SequenceKind backward,
+                          std::optional<bool> both_ways, const SequenceLayout& layout,
+                          const SequenceMask& mask, int heads, int kv_heads,
+                          const SequenceWidths& widths, const SequenceMachine& machine) {
+  std::array<Choice::Best, 2> best;
+  std::string reason = "as asked for";
+  for (const auto& [pass, kind] :
+       {std::pair{SequencePass::kForward, forward}, {SequencePass::kBackward, backward}}) {
+    Choice choice(pass, layout, mask, heads, kv_heads, widths, machine);
+    best[static_cast<size_t>(pass)] = choice.Among(WaysOf(kind, 1, both_ways));
+    if (!CanGoBothWays(kind) || both_ways) continue;
+    reason +=
+        fmt::format("; {} on a {} fabric: {} ms{}", Name(pass), Name(machine.fabric), choice.text(),
+                    choice.alike() ? " (no cut between kv heads balances it)" : "");
+  }
+  return {best[0].method, best[1].method, reason, best[0].seconds, best[1].seconds};
 }
 
 }  // namespace shoal

@@ -10,6 +10,7 @@
 //   port  each rank has one way out and one way in, between which a switch loses no time
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -60,11 +61,17 @@ struct SequenceChoice {
   double forward_seconds = 0, backward_seconds = 0;
 };
 // What takes the least simulated time of groups of these sizes: 1 is all that moves rows, P
-// ulysses, and others hybrid. What a forward keeps for its backward are a group's rows, so both
-// passes have groups of the same size. `groups` is not empty.
+// ulysses, and others hybrid; token rings go one way or both. What a forward keeps for its backward
+// are a group's rows, so both passes have groups of the same size. `groups` is not empty.
 SequenceChoice ChooseSequence(const SequenceLayout& layout, const SequenceMask& mask, int heads,
                               int kv_heads, const SequenceWidths& widths,
                               const SequenceMachine& machine, std::span<const int> groups);
+// Of these kinds, which are no hybrids: whether a token ring goes both ways, where that is not
+// said.
+SequenceChoice ChooseWays(SequenceKind forward, SequenceKind backward,
+                          std::optional<bool> both_ways, const SequenceLayout& layout,
+                          const SequenceMask& mask, int heads, int kv_heads,
+                          const SequenceWidths& widths, const SequenceMachine& machine);
 std::vector<int> SequenceGroupSizes(int ranks);  // all: the divisors, in ascending order
 
 }  // namespace shoal

@@ -11,8 +11,8 @@ SequenceWire::SequenceWire(Communicator& ranks) {
   receives_ = std::make_unique<CommQueue>(ranks);
 }
 
-void SequenceWire::WaitForRoom() {
-  if (last_send_ >= kSequenceSendsInFlight) sends_->Wait(last_send_ - kSequenceSendsInFlight + 1);
+void SequenceWire::WaitForRoom(size_t most) {
+  if (last_send_ >= most) sends_->Wait(last_send_ - most + 1);
 }
 
 void SequenceWire::Send(const Tensor& buffer, int to) {

@@ -15,9 +15,8 @@ class SequenceWire {
   // Collective: all ranks of `ranks`, which must outlive it.
   explicit SequenceWire(Communicator& ranks);
 
-  // Waits until fewer than kSequenceSendsInFlight messages are on their way. Before the next one
-  // takes memory.
-  void WaitForRoom();
+  // Waits until fewer than `most` messages are on their way. Before the next one takes memory.
+  void WaitForRoom(size_t most);
   // `buffer` must stay as it is until it is sent: it is kept alive as long.
   void Send(const Tensor& buffer, int to);
   CommQueue::Ticket Receive(const Tensor& buffer, int from);

@@ -40,6 +40,7 @@ struct Recipe {
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
   int ulysses = 0;  // of hybrid
+  std::optional<bool> both_ways = {};
   SequenceLayoutKind layout = SequenceLayoutKind::kZigzag;
   std::string schedule = "1f1b";
 };
@@ -114,6 +115,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.mesh = {.dp = 0, .tp = recipe.tp, .pp = recipe.pp, .cp = recipe.cp};
   options.sequence.schedule = recipe.attention;
   options.sequence.ulysses = recipe.ulysses;
+  options.sequence.both_ways = recipe.both_ways;
   options.sequence.layout = recipe.layout;
   options.sequence.tokens = recipe.length;
   options.virtual_stages = recipe.virtual_stages;

@@ -47,11 +47,16 @@ INSTANTIATE_TEST_SUITE_P(LongHybrid, ParityAttention,
                                             ::testing::Values(kHybrid),
                                             ::testing::Values(4, 6, 8, 9)));
 
+Recipe OfDocuments(int layers) {
+  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
+  recipe.layers = layers;
+  return recipe;
+}
+
 // With everything else: ZeRO over dp x cp, tensor and pipeline parallelism, recomputation,
 // documents.
 TEST(ParityAttentionBeside, EverythingElse) {
-  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
-  recipe.layers = 4;
+  Recipe recipe = OfDocuments(4);
   const Outcome one = OneRank(recipe);
   for (const SequenceKind kind : {SequenceKind::kTokenRing, SequenceKind::kUlysses}) {
     recipe.attention = kind;
@@ -79,23 +84,56 @@ TEST(ParityAttentionBeside, EverythingElse) {
   }
 }
 
-// By a zigzag the third of four ranks has none of five tokens, and yet works on its heads.
-TEST(ParityAttentionBeside, ARankWithoutTokens) {
-  ASSERT_EQ(SequenceLayout(SequenceLayoutKind::kZigzag, 5, 4).Rows(2), 0);
-  Recipe recipe = {.model = "llama-gqa-tied", .length = 5, .steps = 3, .documents = true};
+// Three heads of each tensor rank, one of them mirrored.
+TEST(ParityAttentionBeside, HeadsBothWays) {
+  Recipe recipe = OfDocuments(4);
+  recipe.model = "llama";
   const Outcome one = OneRank(recipe);
+  recipe.both_ways = true;
+  recipe.zero_stage = 3;
+  recipe.recompute = true;
+  recipe.cp = 4;
+  for (const SequenceKind kind :
+       {SequenceKind::kTokenRing, SequenceKind::kTokenRingRelay, SequenceKind::kTokenRingLagged}) {
+    recipe.attention = kind;
+    Check(recipe, one, 4, 3);
+  }
+  recipe.attention = SequenceKind::kTokenRing;
+  recipe.cp = recipe.tp = recipe.pp = 2;
+  recipe.schedule = "zb_h1";
+  Check(recipe, one, 8, 3);
+}
+
+// By a zigzag the third of four ranks has none of five tokens, and yet works on its heads; and of
+// three tokens two of five ranks have none.
+TEST(ParityAttentionBeside, RanksWithoutTokens) {
+  ASSERT_EQ(SequenceLayout(SequenceLayoutKind::kZigzag, 5, 4).Rows(2), 0);
+  Recipe recipe = OfDocuments(2);
+  recipe.length = 5;
+  const Outcome of_five = OneRank(recipe);
   recipe.cp = 4;
   for (const SequenceKind kind :
        {SequenceKind::kTokenRing, SequenceKind::kUlysses, SequenceKind::kHybrid}) {
     recipe.attention = kind;
-    Check(recipe, one, 4, 3);
+    Check(recipe, of_five, 4, 3);
   }
+  recipe.length = 3;
+  recipe.cp = 1;
+  recipe.attention = {};
+  const Outcome of_three = OneRank(recipe);
+  recipe.cp = 5;
+  for (int kind = 0; kind < kHybrid; ++kind) {
+    recipe.attention = static_cast<SequenceKind>(kind);
+    Check(recipe, of_three, 5, 3);
+  }
+  recipe.attention = {};
+  recipe.zero_stage = 3;
+  Check(recipe, of_three, 5, 3);
 }
 
 // Heads exchanged in pairs of ranks, which have 3 heads and one kv head under tp 2.
 TEST(ParityAttentionBeside, HybridWithZeroTensorAndPipelineRanks) {
-  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
-  recipe.layers = 4;
+  Recipe recipe = OfDocuments(4);
   const Outcome one = OneRank(recipe);
   recipe.attention = SequenceKind::kHybrid;
   recipe.cp = 4;
@@ -114,8 +152,7 @@ TEST(ParityAttentionBeside, HybridWithZeroTensorAndPipelineRanks) {
 }
 
 TEST(LongParityAttentionBeside, HybridOfAllSizesOnSixteenRanks) {
-  Recipe recipe = {.model = "llama-gqa-tied", .length = 13, .steps = 3, .documents = true};
-  recipe.layers = 4;
+  Recipe recipe = OfDocuments(4);
   const Outcome one = OneRank(recipe);
   recipe.attention = SequenceKind::kHybrid;
   recipe.zero_stage = 3;

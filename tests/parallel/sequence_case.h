@@ -20,7 +20,7 @@ enum class Mask { kFull, kCausal, kWindow, kPacked };
 constexpr Mask kMasks[] = {Mask::kFull, Mask::kCausal, Mask::kWindow, Mask::kPacked};
 constexpr Layout kLayouts[] = {Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
 constexpr std::pair<int64_t, int64_t> kHeads[] = {{8, 8}, {8, 2}, {8, 1}, {6, 3}};
-constexpr int64_t kHeadDims[] = {16, 64, 80};
+constexpr int64_t kHeadDims[] = {16, 64, 80, 128};
 
 // That these ranks can be in: groups of a hybrid have equal sizes.
 inline std::vector<Kind> KindsOf(int ranks) {
@@ -29,6 +29,16 @@ inline std::vector<Kind> KindsOf(int ranks) {
     if (static_cast<Kind>(k) != Kind::kHybrid || SequenceGroupSizes(ranks).size() > 2)
       kinds.push_back(static_cast<Kind>(k));
   return kinds;
+}
+
+// The same, and the token rings both ways.
+inline std::vector<std::pair<Kind, bool>> WaysOf(int ranks) {
+  std::vector<std::pair<Kind, bool>> ways;
+  for (const Kind kind : KindsOf(ranks)) {
+    ways.emplace_back(kind, false);
+    if (CanGoBothWays(kind)) ways.emplace_back(kind, true);
+  }
+  return ways;
 }
 
 struct Case {
@@ -41,13 +51,14 @@ struct Case {
   DType dtype = DType::kF64;
   bool wide_results = true;
   int ulysses = 0;
+  std::optional<bool> both_ways = {};
 
   bool causal() const { return mask != Mask::kFull; }
   int64_t window() const { return mask == Mask::kWindow ? 1 + tokens / 5 : 0; }
   std::string Text(int ranks) const {
-    return fmt::format("P {} {} {} {} mask {} S {} heads {}/{} H {} B {}", ranks, Name(kind),
-                       ulysses, Name(layout), static_cast<int>(mask), tokens, heads, kv_heads,
-                       head_dim, batch);
+    return fmt::format("P {} {}{} {} {} mask {} S {} heads {}/{} H {} B {}", ranks, Name(kind),
+                       both_ways.value_or(false) ? " both ways" : "", ulysses, Name(layout),
+                       static_cast<int>(mask), tokens, heads, kv_heads, head_dim, batch);
   }
 };
 
@@ -149,6 +160,7 @@ inline void RunRank(const Case& c, const Whole& w, Communicator& ranks, Errors& 
   options.schedule = c.kind;
   options.backward = c.backward;
   options.ulysses = c.ulysses;
+  options.both_ways = c.both_ways;
   options.layout = c.layout;
   options.causal = c.causal();
   options.window = c.window();
@@ -178,12 +190,12 @@ inline void RunRank(const Case& c, const Whole& w, Communicator& ranks, Errors& 
   errors.Add(3, lv->grad, Mine(w.dv, layout, rank));
 }
 
-inline Errors RunCase(const Case& c, int ranks) {
-  const Whole whole = MakeWhole(c);
+inline Errors RunCase(const Case& c, const Whole& whole, int ranks) {
   Errors errors;
   std::mutex mutex;
   RunThreadRanks(ranks, 1, [&](Communicator& comm) { RunRank(c, whole, comm, errors, mutex); });
   return errors;
 }
+inline Errors RunCase(const Case& c, int ranks) { return RunCase(c, MakeWhole(c), ranks); }
 
 }  // namespace shoal::sequence_testing

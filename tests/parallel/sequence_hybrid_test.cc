@@ -25,6 +25,13 @@ SequenceMethod Hybrid(int group, int rows) {
   return {Kind::kHybrid, group, static_cast<Kind>(rows)};
 }
 
+// The same, and in every second turn both ways where rows can go so.
+SequenceMethod Hybrid(int group, int rows, int turn) {
+  SequenceMethod method = Hybrid(group, rows);
+  method.both_ways = turn % 2 == 0 && CanGoBothWays(method.rows);
+  return method;
+}
+
 // --- execution -----------------------------------------------------------------------------------
 
 // Both passes of one method on this rank, without the choice that a SequenceGroup makes.
@@ -85,7 +92,7 @@ TEST_P(HybridExactness, EqualsOneRank) {
           const auto [heads, kv] = kHybridHeads[turn % 5];
           const Case c{Kind::kHybrid, layout, mask, Lengths(ranks)[(turn / 5) % 5],
                        heads,         kv,     16,   turn % 2 == 0 ? 1 : 2};
-          const SequenceMethod method = Hybrid(group, rows);
+          const SequenceMethod method = Hybrid(group, rows, turn);
           EXPECT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
               << Describe(method, ranks) << ": " << c.Text(ranks);
         }
@@ -107,8 +114,9 @@ TEST(HybridPasses, SamplesOfMoreRanks) {
                      kv,
                      16,
                      1};
-        EXPECT_LE(RunMethod(c, Hybrid(group, rows), ranks).Worst(), 1e-12)
-            << Describe(Hybrid(group, rows), ranks) << ": " << c.Text(ranks);
+        const SequenceMethod method = Hybrid(group, rows, turn);
+        EXPECT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
+            << Describe(method, ranks) << ": " << c.Text(ranks);
       }
   }
 }
@@ -124,7 +132,8 @@ TEST_P(LongHybridExactness, EqualsOneRank) {
         for (const auto& [heads, kv] : kHybridHeads)
           for (const int64_t tokens : Lengths(ranks)) {
             const Case c{Kind::kHybrid, layout, mask, tokens, heads, kv, 16, 2};
-            const SequenceMethod method = Hybrid(group, turn++ % kSequenceRowKinds);
+            const SequenceMethod method = Hybrid(group, turn % kSequenceRowKinds, turn);
+            ++turn;
             ASSERT_LE(RunMethod(c, method, ranks).Worst(), 1e-12)
                 << Describe(method, ranks) << ": " << c.Text(ranks);
           }
@@ -259,10 +268,11 @@ SequenceSchedule RandomSchedule(Draw& draw) {
   SequenceMask mask{.causal = draw(2) == 0, .window = draw(3) == 0 ? 1 + draw(12) : 0};
   if (draw(3) == 0) mask.documents = PackedIds(1 + draw(2), tokens);
   const auto [heads, kv] = kHybridHeads[draw(5)];
-  return MakeSequenceSchedule(
-      Hybrid(sizes[static_cast<size_t>(draw(static_cast<int>(sizes.size())))],
-             draw(kSequenceRowKinds)),
-      kPasses[draw(2)], {kLayouts[draw(3)], tokens, ranks}, mask, heads, kv);
+  SequenceMethod method = Hybrid(sizes[static_cast<size_t>(draw(static_cast<int>(sizes.size())))],
+                                 draw(kSequenceRowKinds));
+  method.both_ways = draw(2) == 0 && CanGoBothWays(method.rows);
+  return MakeSequenceSchedule(method, kPasses[draw(2)], {kLayouts[draw(3)], tokens, ranks}, mask,
+                              heads, kv);
 }
 
 bool Passes(const SequenceSchedule& schedule) {
@@ -281,7 +291,7 @@ void Mutate(Draw& draw, SequenceSchedule& s, int rank, std::string& what) {
   const int i = draw(static_cast<int>(list.size()));
   SequenceAction& a = list[static_cast<size_t>(i)];
   what = fmt::format("rank {} action {} ({})", rank, i + 1, ActionText(a));
-  switch (draw(5)) {
+  switch (draw(6)) {
     case 0:
       list.erase(list.begin() + i);
       break;
@@ -295,6 +305,9 @@ void Mutate(Draw& draw, SequenceSchedule& s, int rank, std::string& what) {
       --a.rows[0].count;
       break;
     case 4:
+      ++a.head_begin;
+      break;
+    case 5:
       a.owner = (a.owner + 1) % s.ranks();
       if (s.ranks() == 1) ++a.rows[0].count;
       break;
@@ -323,11 +336,13 @@ TEST(LongHybridSchedules, RandomOnesAreWholeAndMutatedOnesRefused) { CheckRandom
 TEST(HybridSchedules, SayWhatTheyAre) {
   const SequenceSchedule s = MakeSequenceSchedule(Hybrid(2, 0), SequencePass::kForward,
                                                   {Layout::kContiguous, 4, 4}, {}, 2, 2);
-  EXPECT_THAT(WriteSequenceSchedule(s),
-              ::testing::StartsWith("# hybrid (2 x 2, token_ring) forward, contiguous layout, 4 "
-                                    "tokens\n0: send heads of 0 to 1 0:[0, 1), receive heads of 1 "
-                                    "from 1 0:[0, 1), tile 0 0:[0, 1) x 0 0:[0, 1), "
-                                    "receive query of 1 from 2 0:[0, 2)"));
+  EXPECT_THAT(
+      WriteSequenceSchedule(s),
+      ::testing::StartsWith("# hybrid (2 x 2, token_ring) forward, contiguous layout, 4 tokens\n"
+                            "0: send heads of 0 to 1 0:[0, 1) heads [1, 2), "
+                            "receive heads of 1 from 1 0:[0, 1) heads [0, 1), "
+                            "tile 0 0:[0, 1) x 0 0:[0, 1) heads [0, 1), "
+                            "receive query of 1 from 2 0:[0, 2) heads [0, 1)"));
 }
 
 // --- bytes ---------------------------------------------------------------------------------------

@@ -73,13 +73,22 @@ Seconds Simulate(const SequenceMethod& method, const Precision& precision, Seque
   return {seconds(SequencePass::kForward), seconds(SequencePass::kBackward)};
 }
 
+Seconds Shorter(const Seconds& a, const Seconds& b) {
+  return {std::min(a.forward, b.forward), std::min(a.backward, b.backward)};
+}
+
 // Over the one-way ring. Of two messages that come to a link at once the clock's tie goes to
 // either, which may take a schedule longer: the shortest of a few runs, until it is what is
 // expected.
 TEST(LongSequenceOverSlowLinks, TakesWhatTheSimulatorSays) {
   std::vector<SequenceMethod> methods;
   for (int k = 0; k < kSequenceKinds; ++k)
-    if (static_cast<Kind>(k) != Kind::kHybrid) methods.push_back({static_cast<Kind>(k)});
+    if (const auto kind = static_cast<Kind>(k); kind != Kind::kHybrid) {
+      methods.push_back({kind});
+      if (!CanGoBothWays(kind)) continue;
+      methods.push_back({kind});
+      methods.back().both_ways = true;
+    }
   for (const Kind rows : {Kind::kTokenRing, Kind::kKvRing})
     methods.push_back({Kind::kHybrid, 2, rows});
   std::string table =
@@ -88,7 +97,8 @@ TEST(LongSequenceOverSlowLinks, TakesWhatTheSimulatorSays) {
     for (const SequenceFabric fabric :
          {SequenceFabric::kRing, SequenceFabric::kMesh, SequenceFabric::kPort}) {
       const SequenceMethod one_way{Kind::kKvRingOneWay};
-      const Seconds base = Measure(one_way, precision, fabric);
+      Seconds base;  // what else the machine does makes it longer only
+      for (int i = 0; i < 3; ++i) base = Shorter(base, Measure(one_way, precision, fabric));
       const Seconds simulated_base = Simulate(one_way, precision, fabric);
       for (const SequenceMethod& method : methods) {
         const Seconds simulated = Simulate(method, precision, fabric);
@@ -97,8 +107,7 @@ TEST(LongSequenceOverSlowLinks, TakesWhatTheSimulatorSays) {
         Seconds ratio;
         for (int i = 0; i < 5; ++i) {
           const Seconds s = Measure(method, precision, fabric);
-          ratio = {std::min(ratio.forward, s.forward / base.forward),
-                   std::min(ratio.backward, s.backward / base.backward)};
+          ratio = Shorter(ratio, {s.forward / base.forward, s.backward / base.backward});
           if (ratio.forward < 1.05 * wanted.forward && ratio.backward < 1.05 * wanted.backward)
             break;
         }
