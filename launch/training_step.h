@@ -30,9 +30,10 @@ struct TrainingOptions {
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   bool update_in_backward = false;  // each bucket when its gradient is final: no clipping
   bool contiguous_gradients = false;
-  bool offload_host = false;    // the optimizer's states; see ZeroOptions
-  std::string offload_dir;      // of the optimizer's states; empty: they are in memory
-  std::string activations_dir;  // of activations between forward and backward; the same
+  bool offload_host = false;      // the optimizer's states; see ZeroOptions
+  std::string offload_dir;        // of the optimizer's states; empty: they are in memory
+  bool activations_host = false;  // activations between forward and backward
+  std::string activations_dir;    // of activations between forward and backward; the same
   ActivationFormat compress_activations = ActivationFormat::kOwn;
   // How backward gets the activations of this many of a rank's blocks, from its first.
   struct Recompute {
