@@ -49,7 +49,7 @@ std::optional<int> RankOf(pid_t pid) {
 
 }  // namespace
 
-bool Runs(pid_t pid) {
+bool IsRunning(pid_t pid) {
   std::ifstream in(fmt::format("/proc/{}/stat", pid));
   std::string text;
   std::getline(in, text);
@@ -140,7 +140,7 @@ void Child::LimitFiles(int64_t bytes) const {
     rlimit limit = {};
     prlimit(pid, RLIMIT_FSIZE, nullptr, &limit);
     limit.rlim_cur = bytes < 0 ? limit.rlim_max : static_cast<rlim_t>(bytes);
-    if (prlimit(pid, RLIMIT_FSIZE, &limit, nullptr) != 0)
+    if (prlimit(pid, RLIMIT_FSIZE, &limit, nullptr) != 0 && errno != ESRCH)
       SHOAL_FAIL(ErrorKind::kStorage, "child", "the files of process {} cannot be limited: {}", pid,
                  std::strerror(errno));
   }

@@ -11,7 +11,7 @@
 namespace shoal {
 
 // Whether it is there, and has not ended.
-bool Runs(pid_t pid);
+bool IsRunning(pid_t pid);
 
 class Child {
  public:

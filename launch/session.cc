@@ -271,23 +271,23 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
 
 void ResolveFrom(Config* config) {
   if (!config->model.from) return;
-  // Its weights are read much later, and by every rank for itself: looked through now.
-  const std::string save = FindSave(*config->model.from, [](const std::string&) {});
-  config->model.from = save;
+  const std::string save = FindSaves(*config->model.from, Ignore)[0];
   ResolveModelFrom(config, IsHuggingFace(save) ? HuggingFaceModel(save).config()
                                                : ModelShape(ParseConfig(ReadSaveInfo(save).config,
                                                                         save + "/manifest.json")));
 }
 
-void LoadWeights(const Config& config, TrainingStep& step) {
-  if (!config.model.from) return;
+void LoadWeights(Config* config, Communicator& communicator, const Warn& warn, TrainingStep& step) {
+  if (!config->model.from) return;
   StateDict weights = step.State();
   std::erase_if(weights, [](const StateEntry& e) { return !e.name.starts_with("model/"); });
-  if (IsHuggingFace(*config.model.from)) {
-    HuggingFaceModel(*config.model.from).Load(weights);
-  } else {
-    LoadState(*config.model.from, weights);
-  }
+  config->model.from =
+      LoadNewest(*config->model.from, communicator, warn, [&](const std::string& save) {
+        if (IsHuggingFace(save))
+          HuggingFaceModel(save).Load(weights);
+        else
+          LoadState(save, weights);
+      });
 }
 
 Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,

@@ -95,6 +95,7 @@ class Torture {
   void Keep() { keep_ = true; }
   int64_t steps() const { return steps_; }
   int64_t every() const { return every_; }
+  int ranks() const { return std::max(options_.ranks, options_.local_ranks); }
 
  private:
   std::string Path(const std::string& name) const { return scratch_ + "/" + name; }
@@ -105,7 +106,6 @@ class Torture {
   int64_t Below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(random_); }
 
   void CheckRanks(const Config& config) const;
-  int ranks() const { return std::max(options_.ranks, options_.local_ranks); }
   Child StartWords(std::vector<std::string> words, const std::string& output) const;
   std::vector<std::string> TrainWords(const std::string& run) const;
   // Goes on with `run`, or begins it if no save of it is there to go on from.
@@ -226,13 +226,14 @@ std::string Torture::KillOne(Child& child, int rank) {
   const Clock::time_point begin = Clock::now();
   const auto all_ended = [&] {
     return child.Ended() &&
-           std::ranges::none_of(ranks, [](const auto& other) { return Runs(other.second); });
+           std::ranges::none_of(ranks, [](const auto& other) { return IsRunning(other.second); });
   };
   constexpr double kPatience = 10;
   while (!all_ended() && Since(begin) < kPatience) Sleep(0.002);
   slowest_end_ = std::max(slowest_end_, Since(begin));
   if (!all_ended()) {
     child.Kill();
+    for (const auto& [other, pid] : ranks) kill(pid, SIGKILL);  // mpirun may be gone without them
     return fmt::format("rank {} was killed, and {:.0f} s later others still run", rank, kPatience);
   }
   // It may have been done already.
@@ -418,7 +419,7 @@ int TortureCommand(const TortureOptions& options) {
     nlohmann::ordered_json json = {{"passed", passed},
                                    {"steps", torture.steps()},
                                    {"every", torture.every()},
-                                   {"ranks", std::max(options.ranks, options.local_ranks)},
+                                   {"ranks", torture.ranks()},
                                    {"seed", options.seed},
                                    {"seconds", Since(begin)},
                                    {"trials", nlohmann::ordered_json::array()}};

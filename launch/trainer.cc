@@ -110,7 +110,8 @@ class Run {
 
   void BuildFresh() {
     step_.emplace(options_, communicator_);
-    Agree(communicator_, [&] { LoadWeights(config_, *step_); });
+    LoadWeights(
+        &config_, communicator_, [&](const std::string& what) { console_.Warn(what); }, *step_);
     step_->optimizer().TakeValues();
   }
 
@@ -143,7 +144,7 @@ class Run {
                                                    : RunDirectory::Attach(run));
       if (communicator_.rank() != 0) return;
       RecoverSaves(directory_->checkpoints_path());
-      for (const std::string& save : FindSaves(run, [](const std::string&) {})) {
+      for (const std::string& save : FindSaves(run, Ignore)) {
         if (ReadSaveInfo(save).step < config_.run.steps) return;
         try {
           VerifySave(save);

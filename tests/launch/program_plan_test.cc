@@ -83,6 +83,16 @@ TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
   }
   ExpectOneBlock(Run({"train", "a.toml", "memory.recompute=auto", "memory.budget=1000"}), 2,
                  {"memory.recompute = \"auto\"", "with every block recomputed"});
+  // Without a budget ranks share this host's memory, wherever they will be.
+  const std::string words = "as if all ranks were on this host";
+  const auto planned = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"plan", "a.toml", "--ranks", "2"});
+    return Must(more).out;
+  };
+  EXPECT_NE(planned({"memory.recompute=auto"}).find(words), std::string::npos);
+  EXPECT_EQ(planned({"memory.recompute=auto", "memory.budget=1GiB"}).find(words),
+            std::string::npos);
+  EXPECT_EQ(planned({}).find(words), std::string::npos);
 }
 
 }  // namespace

@@ -33,13 +33,15 @@ class ProgramTorture : public ProgramTest {
   }
 };
 
-TEST_F(ProgramTorture, AFewKills) { ExpectPassed(Settings(), {"--kills", "5", "--flips", "100"}); }
+TEST_F(ProgramTorture, AFewKills) {
+  ExpectPassed(Settings(), {"--kills", "5", "--flips", "100"}, {.seconds = 120});
+}
 
 // Rank 0, any one, all.
 TEST_F(ProgramTorture, AFewKillsOfProcesses) {
   if (!WhyNoMpi().empty()) GTEST_SKIP() << WhyNoMpi();
   EndAtOnce();
-  ExpectPassed(Settings(), {"--kills", "3", "--flips", "10", "--ranks", "2"});
+  ExpectPassed(Settings(), {"--kills", "3", "--flips", "10", "--ranks", "2"}, {.seconds = 120});
 }
 
 TEST_F(ProgramTorture, OfTooFewRanks) {
@@ -78,7 +80,7 @@ TEST_F(LongTorture, FourProcesses) {
   Settings settings;
   settings.Set("mesh.tp", "2").Set("zero.stage", "2");
   ExpectPassed(settings, {"--kills", "200", "--flips", "100", "--ranks", "4", "--seed", "3"},
-               {.seconds = 3000});
+               {.seconds = 1700});
 }
 
 }  // namespace
