@@ -267,6 +267,7 @@ std::string PlanText(const Plan& plan, const Config& config) {
     // Every stage's ranks decide alike.
     if (rank.attention.empty()) continue;
     line("attention over cp", rank.attention);
+    if (config.data.documents) line("", "at most: as if each sequence were one document");
     break;
   }
   if (config.mesh.pp > 1) text += PipelineText(plan, config);

@@ -61,6 +61,12 @@ TEST_F(ProgramPlan, SaysHowTheModelIsCut) {
         "layout zigzag"})
     EXPECT_NE(text.find(words), std::string::npos) << words << "\n" << text;
   EXPECT_EQ(text.find("blocks.1."), std::string::npos);
+  const auto bound = [&](const std::string& more) {
+    const std::string planned = Must({"plan", "a.toml", "mesh.cp=2", "--ranks", "2", more}).out;
+    return planned.find("as if each sequence were one document") != std::string::npos;
+  };
+  EXPECT_FALSE(bound("data.documents=false"));
+  EXPECT_TRUE(bound("data.documents=true"));
 }
 
 TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
