@@ -11,6 +11,7 @@ import datetime
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -46,6 +47,9 @@ staging = "{staging}"
 """
 
 
+ARMS = {"all of the state": ("8GiB", True), "64 MiB": ("64MiB", True), "not asynchronous": ("64MiB", False)}
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="gpt2-124m")
@@ -55,6 +59,8 @@ def parse():
     parser.add_argument("--saves", type=int, default=2, help="in a run, beside the last one, which training always waits for")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--directory", help="on the disk to be measured; default: of temporary files")
+    parser.add_argument("--program", action="append", help="a build to measure; several are measured in turn; default build/bin/shoal")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--output", help="default bench/results/DATE-saves.md")
     return parser.parse_args()
 
@@ -79,7 +85,7 @@ def dd_seconds(folder, size):
     return seconds * size / (size >> 23 << 23)
 
 
-def train(a, folder, staging, asynchronous):
+def train(a, folder, program, staging, asynchronous):
     """Steps' seconds, and of each save: step, seconds until durable, seconds that training waited."""
     run, text = folder / "run", folder / "text"
     shutil.rmtree(run, ignore_errors=True)
@@ -87,7 +93,7 @@ def train(a, folder, staging, asynchronous):
     config = folder / "config.toml"
     config.write_text(CONFIG.format(dir=run, text=text, steps=a.every * (a.saves + 1), model=a.model, length=a.length, batch=a.batch,
                                     every=a.every, staging=staging, asynchronous=str(asynchronous).lower()))
-    done = subprocess.run([ROOT / "build/bin/shoal", "train", config], capture_output=True, text=True)
+    done = subprocess.run([program, "train", config], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"train ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     steps = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -119,19 +125,21 @@ def behind(steps, saves):
 def main():
     a = parse()
     folder = pathlib.Path(tempfile.mkdtemp(dir=a.directory))
-    arms = {"all of the state": ("8GiB", True), "64 MiB": ("64MiB", True), "not asynchronous": ("64MiB", False)}
-    figures = {arm: {"steps": [], "during": [], "waited": [], "durable": []} for arm in arms}
+    programs = a.program or [ROOT / "build/bin/shoal"]
+    arms = {f"{arm}, {pathlib.Path(program).name}" if len(programs) > 1 else arm: (program, *ARMS[arm]) for arm in a.arms for program in programs}
+    figures = {arm: {"steps": [], "during": [], "first": [], "later": [], "durable": []} for arm in arms}
     dd, size = [], 0
     try:
         for _ in range(a.rounds):
-            for arm, (staging, asynchronous) in arms.items():
-                steps, saves, size = train(a, folder, staging, asynchronous)
+            for arm, (program, staging, asynchronous) in arms.items():
+                steps, saves, size = train(a, folder, program, staging, asynchronous)
                 dd.append(dd_seconds(folder, size))
                 f = figures[arm]
                 during, apart = behind(steps, saves)
                 f["steps"] += apart
                 f["during"] += during if asynchronous else []
-                f["waited"] += [w for _, _, w in saves[:-1]]
+                f["first"].append(saves[0][2])
+                f["later"] += [w for _, _, w in saves[1:-1]]
                 f["durable"] += [d for _, d, _ in saves[:-1]]
                 print(arm, f, f"dd {dd[-1]:.2f}", flush=True)
     finally:
@@ -139,17 +147,18 @@ def main():
     best_dd, copy = min(dd), copy_seconds(size)
     lines = [
         f"# What a save of {a.model} costs", "", f"- Date: {datetime.date.today()}", f"- Machine: {machine()}",
-        f"- Command: `python3 bench/save_bench.py --model {a.model} --every {a.every} --saves {a.saves} --rounds {a.rounds}`",
+        f"- Command: `{shlex.join(['python3', 'bench/save_bench.py', *sys.argv[1:]])}`",
         f"- A save has {size / 1e9:.2f} GB; bf16, {a.batch} x {a.length} tokens a step, one rank. To copy it takes one thread {copy:.2f} s; "
         f"`dd conv=fsync` writes as much in {best_dd:.2f} s at best, {statistics.median(dd):.2f} s in the median of {len(dd)}.",
         "- Medians; a run's last save is not counted, which training always waits for.", "",
-        row("staging", "training waited, s", "over the copy", "durable after, s", "dd's best over it", "a step, s", "a step while it is written, s", "ratio"),
-        row(*["---"] * 8)]
+        row("staging", "training waited for the first save, s", "for a later one, s", "the first's over the copy", "durable after, s",
+            "dd's best over it", "a step, s", "a step while it is written, s", "ratio"),
+        row(*["---"] * 9)]
     for arm, f in figures.items():
-        waited, durable, step = (statistics.median(f[k]) for k in ("waited", "durable", "steps"))
-        during = statistics.median(f["during"]) if f["during"] else None
-        lines.append(row(arm, f"{waited:.2f}", f"{waited / copy:.2f}", f"{durable:.2f}", f"{best_dd / durable:.2f}", f"{step:.2f}",
-                         "-" if during is None else f"{during:.2f}", "-" if during is None else f"{during / step:.2f}"))
+        first, durable, step = (statistics.median(f[k]) for k in ("first", "durable", "steps"))
+        during, later = (statistics.median(f[k]) if f[k] else None for k in ("during", "later"))
+        lines.append(row(arm, f"{first:.2f}", "-" if later is None else f"{later:.2f}", f"{first / copy:.2f}", f"{durable:.2f}",
+                         f"{best_dd / durable:.2f}", f"{step:.2f}", *(("-", "-") if during is None else (f"{during:.2f}", f"{during / step:.2f}"))))
     output = pathlib.Path(a.output or ROOT / f"bench/results/{datetime.date.today()}-saves.md")
     output.write_text("\n".join(lines) + "\n")
     print(output.read_text())

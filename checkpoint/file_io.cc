@@ -20,7 +20,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 [[noreturn]] void Fail(const std::string& path, const std::string& what, int error) {
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} {}: {}", path, what, std::strerror(error));
+  FailFile(path, fmt::format("{}: {}", what, std::strerror(error)));
 }
 
 bool IsFull(int error) { return error == ENOSPC || error == EDQUOT || error == EFBIG; }
@@ -73,6 +73,10 @@ void WaitForSpace(const std::string& path, const FullDisk& full_disk, const Need
 
 }  // namespace
 
+void FailFile(const std::string& path, const std::string& what) {
+  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{}: {}", path, what);
+}
+
 File File::Create(const std::string& path) {
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (file < 0) Fail(path, "cannot be created", errno);
@@ -80,9 +84,12 @@ File File::Create(const std::string& path) {
 }
 
 File File::Open(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) Fail(path, "cannot be read", errno);
-  return {path, file};
+  // A pipe must not be waited for.
+  File file(path, open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  struct stat info = {};
+  if (file.file_ < 0 || fstat(file.file_, &info) != 0) Fail(path, "cannot be read", errno);
+  if (!S_ISREG(info.st_mode)) FailFile(path, "is not a regular file");
+  return file;
 }
 
 File File::OpenToAppend(const std::string& path) {
@@ -110,9 +117,7 @@ void File::Read(void* data, int64_t bytes, int64_t at) const {
         pread(file_, static_cast<char*>(data) + done, static_cast<size_t>(bytes - done), at + done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) Fail(path_, "cannot be read", errno);
-    if (n == 0)
-      SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} ends at byte {}: it is cut short", path_,
-                 at + done);
+    if (n == 0) FailFile(path_, fmt::format("ends at byte {}: it is cut short", at + done));
     done += n;
   }
 }
@@ -167,14 +172,6 @@ void File::Append(const void* data, int64_t bytes, const FullDisk& full_disk) {
 
 void File::Flush() const {
   if (fsync(file_) != 0) Fail(path_, "cannot be flushed to the disk", errno);
-}
-
-void FlushDirectory(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  const bool flushed = file >= 0 && fsync(file) == 0;
-  const int error = errno;
-  if (file >= 0) close(file);
-  if (!flushed) Fail(path, "cannot be flushed to the disk", error);
 }
 
 }  // namespace shoal

@@ -17,11 +17,14 @@ struct FullDisk {
   std::function<bool()> cancelled;
 };
 
-// Errors are Error(kStorage) and begin with the file's path.
+// Throws Error(kStorage), "PATH: WHAT".
+[[noreturn]] void FailFile(const std::string& path, const std::string& what);
+
+// Errors are of FailFile.
 class File {
  public:
   static File Create(const std::string& path);  // which must not be there
-  static File Open(const std::string& path);    // to read
+  static File Open(const std::string& path);    // to read; a regular file
   static File OpenToAppend(const std::string& path);
   ~File();
   File(File&& other) noexcept;
@@ -47,8 +50,5 @@ class File {
   std::string path_;
   int file_;
 };
-
-// Entries of a directory, to the disk.
-void FlushDirectory(const std::string& path);
 
 }  // namespace shoal

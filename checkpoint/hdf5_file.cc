@@ -5,6 +5,7 @@
 #include <iterator>
 #include <unordered_map>
 
+#include "checkpoint/file_io.h"
 #include "core/base/build_config.h"
 #include "core/base/error.h"
 
@@ -77,8 +78,7 @@ hid_t FileType(DType dtype) {
 }
 
 [[noreturn]] void Fail(const std::string& path, const std::string& what, const std::string& name) {
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{}: cannot {}{}{}", path, what,
-             name.empty() ? "" : " ", name);
+  FailFile(path, fmt::format("cannot {}{}{}", what, name.empty() ? "" : " ", name));
 }
 
 // What HDF5 writes of a file that is nowhere else: pages that it never writes, as those of the

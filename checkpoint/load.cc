@@ -13,10 +13,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-[[noreturn]] void Fail(const std::string& path, const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{}: {}", path, what);
-}
-
 // Copies what both have of their tensor; returns how many elements that is. Nothing is written
 // where `to_data` is null.
 int64_t CopyOverlap(const std::vector<Range>& to, char* to_data, const std::vector<Range>& from,
@@ -64,10 +60,11 @@ class Files {
     const int64_t at = stored.at + elements.local * width;
     file.Read(data, elements.count * width, at);
     if (Digest({data, chunk.bytes()}) != stored.digests[index]) {
-      Fail(file.path(),
-           fmt::format("tensor {} is not as it was written (digests differ in bytes {} to {}): the "
-                       "file is damaged",
-                       name, at, at + elements.count * width));
+      FailFile(
+          file.path(),
+          fmt::format("tensor {} is not as it was written (digests differ in bytes {} to {}): the "
+                      "file is damaged",
+                      name, at, at + elements.count * width));
     }
     return chunk;
   }
@@ -79,8 +76,8 @@ class Files {
     const StoredFile& stored = part_.files.at(name);
     File file = File::Open(save_ + "/" + name);
     if (file.size() != stored.bytes)
-      Fail(file.path(), fmt::format("has {} bytes, the manifest says {}: it is damaged",
-                                    file.size(), stored.bytes));
+      FailFile(file.path(), fmt::format("has {} bytes, the manifest says {}: it is damaged",
+                                        file.size(), stored.bytes));
     std::string frame;
     for (const Extent& gap : Gaps(extents_.at(name), stored.bytes)) {
       const size_t end = frame.size();
@@ -88,7 +85,8 @@ class Files {
       file.Read(frame.data() + end, gap.bytes, gap.at);
     }
     if (Digest(frame) != stored.frame)
-      Fail(file.path(), "what lies between its tensors is not as it was written: it is damaged");
+      FailFile(file.path(),
+               "what lies between its tensors is not as it was written: it is damaged");
     return files_.emplace(name, std::move(file)).first->second;
   }
 
@@ -110,8 +108,8 @@ void ForEachChunk(const StoredPiece& stored, DType dtype, const F& f) {
 }
 
 // Fills one tensor, a chunk at a time.
-void Load(const std::string& save, Files& files, const StateEntry& entry,
-          const StoredTensor& stored) {
+void LoadTensor(const std::string& save, Files& files, const StateEntry& entry,
+                const StoredTensor& stored) {
   const std::vector<Range> wanted = RangesOf(PieceOf(entry));
   const DType dtype = entry.tensor.dtype();
   SHOAL_CHECK(entry.tensor.contiguous(), "checkpoint", "{} is not contiguous", entry.name);
@@ -130,7 +128,7 @@ void Load(const std::string& save, Files& files, const StateEntry& entry,
     });
   }
   if (missing != 0)
-    Fail(save, fmt::format("holds only a part of tensor {}: it is damaged", entry.name));
+    FailFile(save, fmt::format("holds only a part of tensor {}: it is damaged", entry.name));
 }
 
 }  // namespace
@@ -143,29 +141,49 @@ SaveInfo CheckSave(const std::string& save) {
     std::error_code error;
     const std::string path = save + "/" + name;
     const auto bytes = static_cast<int64_t>(fs::file_size(path, error));
-    if (error) Fail(path, fmt::format("cannot be read: {}", error.message()));
+    if (error) FailFile(path, fmt::format("cannot be read: {}", error.message()));
     if (bytes != file.bytes)
-      Fail(path,
-           fmt::format("has {} bytes, the manifest says {}: it is damaged", bytes, file.bytes));
+      FailFile(path,
+               fmt::format("has {} bytes, the manifest says {}: it is damaged", bytes, file.bytes));
   }
   return std::move(manifest.info);
 }
 
-void LoadState(const std::string& save, const StateDict& state) {
-  const Manifest manifest = ReadManifest(save);
-  Files files(save, manifest.all);
+struct SaveReader::Opened {
+  explicit Opened(const std::string& save)
+      : save(save), manifest(ReadManifest(save)), files(save, manifest.all) {}
+  const std::string save;
+  const Manifest manifest;
+  Files files;
+};
+
+SaveReader::SaveReader(const std::string& save) : opened_(std::make_unique<Opened>(save)) {}
+SaveReader::~SaveReader() = default;
+
+const SaveInfo& SaveReader::info() const { return opened_->manifest.info; }
+
+std::optional<DType> SaveReader::dtype(const std::string& tensor) const {
+  const auto& tensors = opened_->manifest.all.tensors;
+  const auto found = tensors.find(tensor);
+  return found == tensors.end() ? std::nullopt : std::optional(found->second.dtype);
+}
+
+void SaveReader::Load(const StateDict& state) {
+  const std::string& save = opened_->save;
+  const auto& tensors = opened_->manifest.all.tensors;
   for (const StateEntry& entry : state) {
-    const auto found = manifest.all.tensors.find(entry.name);
-    if (found == manifest.all.tensors.end())
-      Fail(save, fmt::format("holds no tensor {}", entry.name));
+    const auto found = tensors.find(entry.name);
+    if (found == tensors.end()) FailFile(save, fmt::format("holds no tensor {}", entry.name));
     const StoredTensor& stored = found->second;
     if (!(stored.shape == entry.global_shape)) {
-      Fail(save, fmt::format("tensor {} has shape {}, the model's is {}", entry.name,
-                             stored.shape.ToString(), entry.global_shape.ToString()));
+      FailFile(save, fmt::format("tensor {} has shape {}, the model's is {}", entry.name,
+                                 stored.shape.ToString(), entry.global_shape.ToString()));
     }
-    Load(save, files, entry, stored);
+    LoadTensor(save, opened_->files, entry, stored);
   }
 }
+
+void LoadState(const std::string& save, const StateDict& state) { SaveReader(save).Load(state); }
 
 void VerifySave(const std::string& save) {
   const Manifest manifest = ReadManifest(save);
@@ -181,7 +199,7 @@ void VerifySave(const std::string& save) {
         files.ReadChunk(name, stored.dtype, p, elements, index);
       });
     }
-    if (missing != 0) Fail(save, fmt::format("holds only a part of tensor {}", name));
+    if (missing != 0) FailFile(save, fmt::format("holds only a part of tensor {}", name));
   }
 }
 

@@ -1,7 +1,5 @@
 #include "checkpoint/manifest.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
@@ -9,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "checkpoint/file_io.h"
 #include "core/base/error.h"
 
 namespace shoal {
@@ -18,10 +17,6 @@ using nlohmann::json;
 
 constexpr int kFormat = 3;
 constexpr int64_t kMost = int64_t{1} << 60;
-
-[[noreturn]] void Fail(const std::string& path, const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{}: {}", path, what);
-}
 
 json ToJson(const Dims& dims) { return std::vector<int64_t>(dims.begin(), dims.end()); }
 
@@ -54,7 +49,7 @@ class Reader {
     Part part;
     for (const auto& [name, file] : text.at("files").items()) {
       if (name.find('/') != std::string::npos || name.empty() || name[0] == '.')
-        Fail(path_, fmt::format("names an impossible file {}", name));
+        FailFile(path_, fmt::format("names an impossible file {}", name));
       part.files[name] = {Count(file.at("bytes")), file.at("frame")};
     }
     for (const auto& [name, tensor] : text.at("tensors").items()) {
@@ -71,7 +66,8 @@ class Reader {
  private:
   int64_t Count(const json& value) const {
     const auto n = value.get<int64_t>();
-    if (!value.is_number_integer() || n < 0 || n > kMost) Fail(path_, "holds an impossible number");
+    if (!value.is_number_integer() || n < 0 || n > kMost)
+      FailFile(path_, "holds an impossible number");
     return n;
   }
 
@@ -79,7 +75,7 @@ class Reader {
     for (int i = 0; i <= static_cast<int>(DType::kU8); ++i) {
       if (name == Name(static_cast<DType>(i))) return static_cast<DType>(i);
     }
-    Fail(path_, "names an unknown dtype " + name);
+    FailFile(path_, "names an unknown dtype " + name);
   }
 
   Dims DimsOf(const std::string& name, const json& extents) const {
@@ -92,7 +88,8 @@ class Reader {
       if (v > 0) most /= v;
       if (whole) dims.push_back(v);
     }
-    if (!whole) Fail(path_, fmt::format("tensor {} has an impossible shape in the manifest", name));
+    if (!whole)
+      FailFile(path_, fmt::format("tensor {} has an impossible shape in the manifest", name));
     return dims;
   }
 
@@ -116,7 +113,7 @@ class Reader {
              stored.at <= file->second.bytes - p.count * width &&
              std::ssize(stored.digests) == (p.count * width + kChunkBytes - 1) / kChunkBytes;
     if (!inside)
-      Fail(path_, fmt::format("tensor {} has an impossible piece in the manifest", name));
+      FailFile(path_, fmt::format("tensor {} has an impossible piece in the manifest", name));
     return stored;
   }
 
@@ -126,7 +123,7 @@ class Reader {
                 [](const Extent& a, const Extent& b) { return a.at < b.at; });
       for (size_t i = 1; i < extents.size(); ++i)
         if (extents[i].at < extents[i - 1].at + extents[i - 1].bytes)
-          Fail(path_, fmt::format("two tensors share bytes of {}", name));
+          FailFile(path_, fmt::format("two tensors share bytes of {}", name));
     }
   }
 
@@ -163,11 +160,6 @@ SaveInfo InfoOf(const json& text) {
 }
 
 }  // namespace
-
-std::string Digest(std::string_view bytes) {
-  const XXH128_hash_t h = XXH3_128bits(bytes.data(), bytes.size());
-  return fmt::format("{:016x}{:016x}", h.high64, h.low64);
-}
 
 std::optional<int64_t> StepOfName(std::string_view name, std::string_view ending) {
   if (!name.starts_with("step-") || !name.ends_with(ending)) return std::nullopt;
@@ -232,27 +224,28 @@ Manifest ReadManifest(const std::string& save) {
   std::ifstream in(path);
   std::stringstream bytes;
   if (in) bytes << in.rdbuf();
-  if (!in) Fail(path, "cannot be read; this is not a save");
+  if (!in) FailFile(path, "cannot be read; this is not a save");
   json text = json::parse(bytes.str(), nullptr, false);
   if (text.is_discarded() || !text.is_object() || !text.contains("format"))
-    Fail(path, "is damaged");
+    FailFile(path, "is damaged");
   if (text["format"] != kFormat)
-    Fail(path, fmt::format("has format {}, this version reads {}", text["format"].dump(), kFormat));
+    FailFile(path,
+             fmt::format("has format {}, this version reads {}", text["format"].dump(), kFormat));
   // Of a text there is one spelling, so that a byte more or less is noticed too.
   const std::string spelt = text.dump(1) + '\n';
   const json digest = text.value("digest", json());
   text.erase("digest");
   if (digest != Digest(text.dump()) || spelt != bytes.str())
-    Fail(path, "is not as it was written: it is damaged");
+    FailFile(path, "is not as it was written: it is damaged");
   try {
     Manifest manifest = {InfoOf(text), Reader(path).PartOf(text)};
     const auto step = StepOfName(std::filesystem::path(save).filename().string());
     if (step && *step != manifest.info.step)
-      Fail(path,
-           fmt::format("is of step {}: its files belong to another save", manifest.info.step));
+      FailFile(path,
+               fmt::format("is of step {}: its files belong to another save", manifest.info.step));
     return manifest;
   } catch (const json::exception& e) {
-    Fail(path, std::string("is damaged: ") + e.what());
+    FailFile(path, std::string("is damaged: ") + e.what());
   }
 }
 

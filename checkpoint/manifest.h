@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "checkpoint/digest.h"
 #include "checkpoint/hdf5_file.h"
 #include "checkpoint/store.h"
 #include "core/base/dims.h"
@@ -18,10 +19,8 @@
 namespace shoal {
 
 inline constexpr const char* kManifest = "manifest.json";
-// Bytes of a piece that have a digest (XXH3-128) of their own: what is read and checked at once.
+// Bytes of a piece that have a digest of their own: what is read and checked at once.
 inline constexpr int64_t kChunkBytes = int64_t{8} << 20;
-
-std::string Digest(std::string_view bytes);
 
 // 42 of "step-00000042", or of that and `ending`; nothing of other names.
 std::optional<int64_t> StepOfName(std::string_view name, std::string_view ending = "");

@@ -1,7 +1,5 @@
 #include "checkpoint/part.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
@@ -55,22 +53,12 @@ PartPlan PlanPart(int rank, const StateDict& state) {
   return plan;
 }
 
-struct PartFile::Hash {
-  Hash() : state(XXH3_createState()) {}
-  ~Hash() { XXH3_freeState(state); }
-  Hash(const Hash&) = delete;
-  Hash& operator=(const Hash&) = delete;
-  XXH3_state_t* state;
-};
-
 PartFile::PartFile(const std::string& partial, const PartPlan& plan, const FullDisk& full_disk)
-    : plan_(plan), full_disk_(full_disk), hash_(std::make_unique<Hash>()) {
+    : plan_(plan), full_disk_(full_disk) {
   if (plan.arrays.empty()) return;
   std::error_code error;
   std::filesystem::create_directory(partial, error);
-  if (error)
-    SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{} cannot be created: {}", partial,
-               error.message());
+  if (error) FailFile(partial, "cannot be created: " + error.message());
   file_ = std::make_unique<File>(File::Create(partial + "/" + plan.file));
   file_->Reserve(plan.layout.size, full_disk_);
   std::vector<Extent> arrays;
@@ -82,10 +70,7 @@ PartFile::PartFile(const std::string& partial, const PartPlan& plan, const FullD
     frame += gap.bytes;
   }
   part_.files[plan.file] = {plan.layout.size, Digest(plan.layout.frame)};
-  XXH3_128bits_reset(hash_->state);
 }
-
-PartFile::~PartFile() = default;
 
 void PartFile::Append(const void* data, int64_t bytes) {
   const char* next = static_cast<const char*>(data);
@@ -107,16 +92,12 @@ void PartFile::AppendToArray(const char* data, int64_t bytes) {
   file_->Write(data, bytes, at, full_disk_);
   // The disk works while digests are taken, and not only at the end.
   if (bytes > 0) file_->BeginFlush(at, bytes);
-  XXH3_128bits_update(hash_->state, data, static_cast<size_t>(bytes));
+  digest_.Add(data, bytes);
   if (non_finite_.empty() && AnyNonFinite(array.dtype, data, bytes)) non_finite_ = array.name;
   done_ += bytes;
   const bool ends = done_ == array.bytes();
   if (!ends && done_ % kChunkBytes != 0) return;
-  if (bytes > 0) {
-    const XXH128_hash_t h = XXH3_128bits_digest(hash_->state);
-    digests_.push_back(fmt::format("{:016x}{:016x}", h.high64, h.low64));
-    XXH3_128bits_reset(hash_->state);
-  }
+  if (bytes > 0) digests_.push_back(digest_.Take());
   if (!ends) return;
   part_.tensors[array.name] = {array.dtype, plan_.pieces[array_].global, {}};
   part_.tensors[array.name].pieces.push_back(

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/digest.h"
 #include "checkpoint/file_io.h"
 #include "checkpoint/hdf5_file.h"
 #include "checkpoint/manifest.h"
@@ -30,9 +31,6 @@ class PartFile {
  public:
   // In the directory `partial`, which is made if it is not there. The file's space is taken first.
   PartFile(const std::string& partial, const PartPlan& plan, const FullDisk& full_disk);
-  ~PartFile();
-  PartFile(const PartFile&) = delete;
-  PartFile& operator=(const PartFile&) = delete;
 
   // Ends between two elements.
   void Append(const void* data, int64_t bytes);
@@ -42,14 +40,13 @@ class PartFile {
   const std::string& non_finite() const { return non_finite_; }
 
  private:
-  struct Hash;
   void AppendToArray(const char* data, int64_t bytes);
   void PassEmpty();
 
   const PartPlan& plan_;
   FullDisk full_disk_;
   std::unique_ptr<File> file_;
-  std::unique_ptr<Hash> hash_;
+  RunningDigest digest_;  // of the chunk so far
   Part part_;
   size_t array_ = 0;  // that comes next
   int64_t done_ = 0;  // of its bytes

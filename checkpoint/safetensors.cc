@@ -1,15 +1,11 @@
 #include "checkpoint/safetensors.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <utility>
+
+#include "checkpoint/file_io.h"
 
 namespace shoal {
 namespace {
@@ -36,10 +32,6 @@ constexpr std::array kTypes = {Type{"F64", 8, DType::kF64},     Type{"F32", 4, D
 
 const char* TypeName(DType dtype) {
   return std::ranges::find(kTypes, std::optional(dtype), &Type::dtype)->name;
-}
-
-[[noreturn]] void Fail(const std::string& path, const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kStorage, "safetensors", "{}: {}", path, what);
 }
 
 // A name that a file made up, as part of a message.
@@ -167,64 +159,28 @@ class HeaderReader : public nlohmann::json_sax<json> {
   int64_t width_ = 0;
 };
 
-// A regular file, open for reading.
-class Descriptor {
- public:
-  // A pipe must not be waited for.
-  explicit Descriptor(const std::string& path)
-      : path_(path), file_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-    struct stat status;
-    if (file_ < 0) Fail(path, fmt::format("cannot be read: {}", std::strerror(errno)));
-    if (fstat(file_, &status) == 0 && S_ISREG(status.st_mode)) {
-      size_ = status.st_size;
-      return;
-    }
-    close(file_);
-    Fail(path, "is not a regular file");
-  }
-  ~Descriptor() { close(file_); }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-
-  int64_t size() const { return size_; }
-  void ReadAt(int64_t at, int64_t bytes, void* data) const {
-    for (int64_t done = 0; done < bytes;) {
-      const ssize_t n = pread(file_, static_cast<char*>(data) + done,
-                              static_cast<size_t>(bytes - done), at + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) Fail(path_, fmt::format("cannot be read: {}", std::strerror(errno)));
-      if (n == 0) Fail(path_, "became shorter while it was being read");
-      done += n;
-    }
-  }
-
- private:
-  const std::string& path_;
-  int file_;
-  int64_t size_ = 0;
-};
-
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
-  const Descriptor file(path_);
+  const File file = File::Open(path_);
   size_ = file.size();
   uint64_t length = 0;
   unsigned char prefix[sizeof(length)];
   const int64_t most = size_ - static_cast<int64_t>(sizeof(prefix));
-  if (most < 0) Fail(path, fmt::format("is cut short: {} bytes hold no header", size_));
-  file.ReadAt(0, sizeof(prefix), prefix);
+  if (most < 0) FailFile(path, fmt::format("is cut short: {} bytes hold no header", size_));
+  file.Read(prefix, sizeof(prefix), 0);
   for (size_t i = 0; i < sizeof(prefix); ++i) length |= uint64_t{prefix[i]} << (8 * i);
   if (length > static_cast<uint64_t>(std::min(most, kMaxHeader)))
-    Fail(path, fmt::format("is cut short, or no safetensors file: it says that its header has {} "
-                           "bytes, and could have {}",
-                           length, std::min(most, kMaxHeader)));
+    FailFile(path,
+             fmt::format("is cut short, or no safetensors file: it says that its header has {} "
+                         "bytes, and could have {}",
+                         length, std::min(most, kMaxHeader)));
   std::string header(static_cast<size_t>(length), '\0');
-  file.ReadAt(sizeof(prefix), static_cast<int64_t>(length), header.data());
+  file.Read(header.data(), static_cast<int64_t>(length), sizeof(prefix));
   data_begin_ = static_cast<int64_t>(sizeof(prefix) + length);
   HeaderReader reader(&entries_);
-  if (!header.starts_with('{')) Fail(path, "the header is no JSON object");
-  if (!json::sax_parse(header, &reader)) Fail(path, reader.problem());
+  if (!header.starts_with('{')) FailFile(path, "the header is no JSON object");
+  if (!json::sax_parse(header, &reader)) FailFile(path, reader.problem());
   std::vector<const std::pair<const std::string, Entry>*> order;
   for (const auto& named : entries_) order.push_back(&named);
   std::ranges::sort(order, {}, [](const auto* named) {
@@ -234,25 +190,26 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
   for (const auto* named : order) {
     const auto& [name, entry] = *named;
     if (entry.begin != at)
-      Fail(path, fmt::format("tensor {} begins at byte {}, {} at {}", Shown(name), entry.begin,
-                             entry.begin < at ? "inside the one before, which ends"
-                                              : "behind a hole that begins",
-                             at));
+      FailFile(path, fmt::format("tensor {} begins at byte {}, {} at {}", Shown(name), entry.begin,
+                                 entry.begin < at ? "inside the one before, which ends"
+                                                  : "behind a hole that begins",
+                                 at));
     at = entry.end;
   }
   const int64_t data = size_ - data_begin_;
   if (at != data)
-    Fail(path, fmt::format("{}: its tensors take {} bytes, and it has {}",
-                           at > data ? "is cut short" : "goes on behind its tensors", at, data));
+    FailFile(path,
+             fmt::format("{}: its tensors take {} bytes, and it has {}",
+                         at > data ? "is cut short" : "goes on behind its tensors", at, data));
 }
 
 int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const Dims& shape,
                               void* data) const {
   const auto found = entries_.find(name);
-  if (found == entries_.end()) Fail(path_, fmt::format("holds no tensor {}", name));
+  if (found == entries_.end()) FailFile(path_, fmt::format("holds no tensor {}", name));
   const Entry& entry = found->second;
   if (!entry.dtype)
-    Fail(path_, fmt::format("tensor {} is {}, which Shoal does not have", name, entry.type));
+    FailFile(path_, fmt::format("tensor {} is {}, which Shoal does not have", name, entry.type));
   bool inside = offset.rank() == entry.shape.rank() && shape.rank() == entry.shape.rank();
   for (int d = 0; inside && d < shape.rank(); ++d)
     inside = offset[d] >= 0 && shape[d] >= 0 && offset[d] + shape[d] <= entry.shape[d];
@@ -261,8 +218,8 @@ int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const
   const auto width = static_cast<int64_t>(SizeOf(*entry.dtype));
   const int64_t bytes = shape.numel() * width;
   if (bytes == 0) return 0;
-  const Descriptor file(path_);
-  if (file.size() != size_) Fail(path_, "has changed since it was opened");
+  const File file = File::Open(path_);
+  if (file.size() != size_) FailFile(path_, "has changed since it was opened");
   // Dimensions below `outer` count runs; what is above lies in one piece.
   int outer = shape.rank();
   int64_t run = width;
@@ -281,7 +238,7 @@ int64_t SafetensorsFile::Read(const std::string& name, const Dims& offset, const
       }
       at += index * strides[d];
     }
-    file.ReadAt(data_begin_ + entry.begin + at * width, run, static_cast<char*>(data) + i * run);
+    file.Read(static_cast<char*>(data) + i * run, run, data_begin_ + entry.begin + at * width);
   }
   return bytes;
 }

@@ -1,5 +1,6 @@
 #include "checkpoint/saver.h"
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -31,7 +32,41 @@ auto Behind(F f) {
   });
 }
 
+// Of the calling thread, which then takes what computation leaves of the cores; a hint.
+void GiveWay() {
+  constexpr int kNice = 10;
+  setpriority(PRIO_PROCESS, 0, kNice);
+}
+
 }  // namespace
+
+struct Saver::Memory {
+  explicit Memory(int64_t size) : bytes(size) {
+    void* mapped = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED)
+      SHOAL_FAIL(ErrorKind::kMemory, "checkpoint",
+                 "no memory for the {:.1f} MB that a save is staged in. Lower checkpoint.staging",
+                 static_cast<double>(bytes) / 1e6);
+    madvise(mapped, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a hint
+    data = static_cast<char*>(mapped);
+  }
+  ~Memory() { munmap(data, static_cast<size_t>(bytes)); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  // Values stay as they are, so that a save may be under way already. Where the system cannot do
+  // it, the first save does.
+  void Touch(const std::atomic<bool>& given_up) const {
+    for (int64_t at = 0; at < bytes && !given_up; at += kChunkBytes)
+      if (madvise(data + at, static_cast<size_t>(std::min(kChunkBytes, bytes - at)),
+                  MADV_POPULATE_WRITE) != 0)
+        return;
+  }
+
+  const int64_t bytes;
+  char* data;
+};
 
 // The staging memory in slots that go from the copying thread to the writing one and back.
 struct Saver::Staging {
@@ -40,10 +75,11 @@ struct Saver::Staging {
     int64_t bytes = 0;
   };
 
-  // In `memory`, [slots * slot_bytes] u8.
-  Staging(const Tensor& memory, int64_t slot_bytes) : slot_bytes(slot_bytes) {
-    for (int64_t at = 0; at < memory.numel(); at += slot_bytes)
-      free.push_back({memory.view().as<char>() + at, 0});
+  // `memory` holds whole slots.
+  Staging(std::shared_ptr<Memory> memory, int64_t slot_bytes)
+      : memory(std::move(memory)), slot_bytes(slot_bytes) {
+    for (int64_t at = 0; at < this->memory->bytes; at += slot_bytes)
+      free.push_back({this->memory->data + at, 0});
   }
 
   // An empty slot; nothing if the save was given up.
@@ -115,6 +151,7 @@ struct Saver::Staging {
 
   std::mutex mutex;
   std::condition_variable changed;
+  const std::shared_ptr<Memory> memory;
   const int64_t slot_bytes;
   int64_t staged = 0, peak = 0;
   std::deque<Slot> free, filled;
@@ -142,6 +179,15 @@ int64_t Saver::staging_bytes() const {
   return slot * std::clamp(options_.staging / slot, int64_t{2}, plan_.data_bytes / slot + 2);
 }
 
+void Saver::Warm() {
+  if (memory_ != nullptr) return;
+  memory_ = std::make_shared<Memory>(staging_bytes());
+  warmed_ = Behind([this, memory = memory_] {
+    GiveWay();
+    memory->Touch(given_up_);
+  });
+}
+
 void Saver::Begin(int64_t step, const StateDict& state) {
   SHOAL_CHECK(staging_ == nullptr && !part_.valid(), "checkpoint", "a save is still under way");
   SHOAL_CHECK(state.size() == plan_.arrays.size(), "checkpoint", "{} tensors, {} were planned",
@@ -155,17 +201,15 @@ void Saver::Begin(int64_t step, const StateDict& state) {
                 "checkpoint", "{} is not as it was planned", state[i].name);
     sources.emplace_back(tensor.view().as<const char>(), array.bytes());
   }
+  staging_ = std::make_shared<Staging>(
+      memory_ != nullptr ? memory_ : std::make_shared<Memory>(staging_bytes()), slot_bytes());
   state_ = state;
-  const OriginScope here({nullptr, "staging"});
-  memory_ = Tensor::Empty({staging_bytes()}, DType::kU8, MemoryClass::kWorkspace);
-  staging_ = std::make_shared<Staging>(memory_, slot_bytes());
   copied_ =
       Behind([staging = staging_, sources = std::move(sources)] { staging->CopyAll(sources); });
-  // Where nobody waits for what is written, it may take what computation leaves of the cores.
+  // Where nobody waits for what is written.
   const bool unhurried = staging_bytes() >= plan_.data_bytes;
   part_ = Behind([this, step, unhurried, staging = staging_] {
-    constexpr int kNice = 10;
-    if (unhurried) setpriority(PRIO_PROCESS, 0, kNice);  // of this thread; a hint
+    if (unhurried) GiveWay();
     try {
       return Write(step, *staging);
     } catch (...) {
@@ -204,7 +248,6 @@ std::string Saver::TakePart() {
   peak_staged_ = std::max(peak_staged_, staging_->peak);
   part_.wait();
   staging_ = nullptr;
-  memory_ = Tensor();
   state_.clear();
   return part_.get();
 }

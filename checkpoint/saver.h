@@ -3,7 +3,8 @@
 // to the disk. Passes only read the state, so both may run behind forward and backward: the state
 // must stay as it is until WaitCopied returns, which is to be called before the next update. Where
 // the staging memory is smaller than the state, copies wait for writes, and the update for the
-// copies; no collective ever does.
+// copies; no collective ever does. The staging memory is a mapping of its own, beside what the
+// allocator counts.
 #pragma once
 
 #include <atomic>
@@ -35,8 +36,12 @@ class Saver {
   Saver& operator=(const Saver&) = delete;
 
   const PartPlan& plan() const { return plan_; }
-  // Staging memory of a save, while it is under way.
+  // Staging memory of a save, while it is under way; for ever after Warm.
   int64_t staging_bytes() const;
+
+  // From now on the staging memory stays for the saves to come, and a thread touches it behind what
+  // this one goes on with: memory is several times slower when it is touched for the first time.
+  void Warm();
 
   // Begins to save; none may be under way.
   void Begin(int64_t step, const StateDict& state);
@@ -57,6 +62,7 @@ class Saver {
   int64_t peak_staged() const;
 
  private:
+  struct Memory;
   struct Staging;
   int64_t slot_bytes() const;
   std::string Write(int64_t step, Staging& staging) const;
@@ -65,9 +71,10 @@ class Saver {
   const PartPlan plan_;
   const SaverOptions options_;
   std::atomic<bool> given_up_ = false;
+  std::shared_ptr<Memory> memory_;
+  std::future<void> warmed_;
   // Of the save under way. The futures wait for the threads that use the rest.
   StateDict state_;
-  Tensor memory_;
   std::shared_ptr<Staging> staging_;
   std::future<void> copied_;
   std::future<std::string> part_;

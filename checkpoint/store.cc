@@ -12,6 +12,7 @@
 
 #include "checkpoint/manifest.h"
 #include "checkpoint/part.h"
+#include "core/base/atomic_file.h"
 #include "core/base/error.h"
 
 namespace shoal {
@@ -21,10 +22,6 @@ namespace fs = std::filesystem;
 
 constexpr const char *kPartial = ".partial", *kOld = ".old", *kDoomed = ".doomed";
 
-[[noreturn]] void Fail(const std::string& path, const std::string& what) {
-  SHOAL_FAIL(ErrorKind::kStorage, "checkpoint", "{}: {}", path, what);
-}
-
 std::string Directory(int64_t step) { return fmt::format("step-{:08}", step); }
 
 // Runs f, which uses the file system, and names what fails there.
@@ -33,7 +30,7 @@ auto Storing(F&& f) {
   try {
     return f();
   } catch (const fs::filesystem_error& e) {
-    Fail(e.path1(), e.code().message());
+    FailFile(e.path1(), e.code().message());
   }
 }
 
@@ -93,14 +90,14 @@ std::string CommitSave(const std::string& directory, const SaveInfo& info,
       manifest.Write(text.data(), std::ssize(text), 0, full_disk);
       manifest.Flush();
     }
-    FlushDirectory(partial);
+    SyncDirectory(partial);
     // An older save of this step steps aside. Between the two renames both are whole, and
     // RecoverSaves finds the older.
     const fs::path old = final_path.string() + kOld;
     fs::remove_all(old);
     if (fs::exists(final_path)) fs::rename(final_path, old);
     fs::rename(partial, final_path);
-    FlushDirectory(directory);
+    SyncDirectory(directory);
     fs::remove_all(old);
   });
   return final_path;
@@ -185,21 +182,23 @@ void RecoverSaves(const std::string& directory) {
 
 void CheckFreeSpace(const std::string& directory, int64_t bytes, int64_t largest_file) {
   struct statvfs info;
-  if (statvfs(directory.c_str(), &info) != 0) Fail(directory, std::strerror(errno));
+  if (statvfs(directory.c_str(), &info) != 0) FailFile(directory, std::strerror(errno));
   const auto megabytes = [](auto n) { return static_cast<double>(n) / 1e6; };
   rlimit limit;
   if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < static_cast<rlim_t>(largest_file)) {
-    Fail(directory,
-         fmt::format("a save takes a file of {:.1f} MB and this process may write files of {:.1f} "
-                     "MB at most; raise the limit (ulimit -f)",
-                     megabytes(largest_file), megabytes(limit.rlim_cur)));
+    FailFile(
+        directory,
+        fmt::format("a save takes a file of {:.1f} MB and this process may write files of {:.1f} "
+                    "MB at most; raise the limit (ulimit -f)",
+                    megabytes(largest_file), megabytes(limit.rlim_cur)));
   }
   const auto free_bytes = static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
   if (free_bytes < bytes) {
-    Fail(directory,
-         fmt::format(
-             "a save takes {:.1f} MB and {:.1f} MB are free; make room, or set run.dir elsewhere",
-             megabytes(bytes), megabytes(free_bytes)));
+    FailFile(
+        directory,
+        fmt::format(
+            "a save takes {:.1f} MB and {:.1f} MB are free; make room, or set run.dir elsewhere",
+            megabytes(bytes), megabytes(free_bytes)));
   }
 }
 

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -65,9 +66,27 @@ SaveInfo ReadSaveInfo(const std::string& save);
 // The same, and all files are there and of their size. Reads no tensor.
 SaveInfo CheckSave(const std::string& save);
 
-// Reads `state`'s tensors from `save`, converting dtypes; reads the chunks that they need, one at a
-// time, and checks each. Error(kStorage) naming the file and the tensor if anything is missing or
-// not as it was written; then some tensors may have been overwritten.
+// A save whose manifest is read, and whose files are opened and looked through, once.
+class SaveReader {
+ public:
+  // Error(kStorage) if the manifest is missing or damaged.
+  explicit SaveReader(const std::string& save);
+  ~SaveReader();
+  SaveReader(const SaveReader&) = delete;
+  SaveReader& operator=(const SaveReader&) = delete;
+
+  const SaveInfo& info() const;
+  // As it is stored; nothing if it is not there.
+  std::optional<DType> dtype(const std::string& tensor) const;
+  // Reads `state`'s tensors, converting dtypes; reads the chunks that they need, one at a time, and
+  // checks each. Error(kStorage) naming the file and the tensor if anything is missing or not as it
+  // was written; then some tensors may have been overwritten.
+  void Load(const StateDict& state);
+
+ private:
+  struct Opened;
+  std::unique_ptr<Opened> opened_;
+};
 void LoadState(const std::string& save, const StateDict& state);
 
 // Every byte of the save against its digest. Error(kStorage) as above.

@@ -29,7 +29,7 @@ struct LinearCrossEntropyOptions {
 // the vocabulary does not have is an Error(kData). losses [M] f32 (f64 for f64), unscaled, 0 where
 // ignored. dx [M, D] and dw [V, D] may both be absent (evaluation). dw is added to if
 // accumulate_dw. Both may be f32 while x and w are bf16. With a share, dx is this rank's part of a
-// sum.
+// sum. Memory does not depend on how many labels are ignored, unless all are.
 SHOAL_KERNEL_WITH_SCRATCH(LinearCrossEntropy,
                           (const Stream& stream, const View& losses, const View& dx, const View& dw,
                            bool accumulate_dw, const View& x, const View& w, const View& labels,

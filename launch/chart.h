@@ -42,7 +42,4 @@ std::vector<Point> Smooth(const std::vector<Point>& points, int neighbours);
 // Round values from `low` to `high`, about `count` of them.
 std::vector<double> Ticks(double low, double high, int count, bool binary);
 
-// Text for HTML; bytes that are not UTF-8 become U+FFFD.
-std::string EscapeHtml(std::string_view text);
-
 }  // namespace shoal

@@ -12,7 +12,7 @@ namespace shoal {
 // One pass of a replica.
 struct PassShape {
   int64_t sequences = 1;
-  bool documents = false;
+  bool documents = false;  // then attention over cp is planned as if each sequence were one
 };
 
 struct RankPlan {

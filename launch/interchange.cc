@@ -8,10 +8,9 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
-#include "checkpoint/manifest.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/store.h"
 #include "data/file.h"
@@ -83,9 +82,7 @@ void WriteFile(const std::string& path, std::string_view text) {
 // Reads the tensors of a save as another dtype and in another's order.
 class Exporter {
  public:
-  Exporter(const std::string& save, DType dtype) : save_(save), dtype_(dtype) {
-    for (const auto& [name, tensor] : ReadManifest(save).all.tensors) stored_[name] = tensor.dtype;
-  }
+  Exporter(SaveReader& save, DType dtype) : save_(save), dtype_(dtype) {}
 
   SafetensorsWriter::Entry EntryOf(const HuggingFaceTensor& tensor) const {
     return {tensor.name, dtype_, tensor.shape()};
@@ -103,7 +100,7 @@ class Exporter {
       parts.push_back({Source(part.name), ours.Narrowed(0, row, part.shape[0]), part.shape, zero});
       row += part.shape[0];
     }
-    LoadState(save_, parts);
+    save_.Load(parts);
     return tensor.transposed ? ours.Transposed(0, 1).Clone(MemoryClass::kWorkspace) : ours;
   }
 
@@ -111,14 +108,12 @@ class Exporter {
   // The weights, or what they were rounded from.
   std::string Source(const std::string& parameter) const {
     const std::string weight = "model/" + parameter, master = "optim/master/" + parameter;
-    const auto found = stored_.find(weight);
-    const bool wider = found != stored_.end() && SizeOf(dtype_) > SizeOf(found->second);
-    return wider && stored_.contains(master) ? master : weight;
+    const std::optional<DType> stored = save_.dtype(weight);
+    return stored && SizeOf(dtype_) > SizeOf(*stored) && save_.dtype(master) ? master : weight;
   }
 
-  std::string save_;
+  SaveReader& save_;
   DType dtype_;
-  std::map<std::string, DType> stored_;
 };
 
 // What ends a text, where the vocabulary is known to be this tokenizer's.
@@ -132,14 +127,15 @@ std::optional<int64_t> EndOfDocument(const std::string& tokenizer, int64_t vocab
 
 Interchange ExportHuggingFace(const std::string& save, const std::string& out,
                               const ExportOptions& options) {
-  const Config config = ParseConfig(ReadSaveInfo(save).config, save + "/manifest.json");
+  SaveReader reader(save);
+  const Config config = ParseConfig(reader.info().config, save + "/manifest.json");
   const ModelConfig model = ModelShape(config);
   const std::string tokenizer = options.tokenizer.value_or(config.data.tokenizer);
   Interchange result;
   result.dtype = options.dtype.value_or(ComputeDType(config));
   const std::string config_json =
       HuggingFaceConfigJson(model, result.dtype, EndOfDocument(tokenizer, model.vocab));
-  const Exporter exporter(save, result.dtype);
+  const Exporter exporter(reader, result.dtype);
   // Full files in the order of the model.
   std::vector<std::vector<HuggingFaceTensor>> shards(1);
   int64_t filled = 0, largest = 0;

@@ -302,6 +302,9 @@ class Program {
     c->add_option("--local-ranks", ranks_.local_ranks, "ranks as threads of the copy")
         ->capture_default_str()
         ->check(CLI::Range(1, 1024));
+    c->add_option("--ranks", torture_.ranks,
+                  "ranks as processes under mpirun, of which one or all are killed")
+        ->check(CLI::Range(1, 1024));
     AddJson(c);
   }
   CLI::App app_{"Shoal trains large models in little memory, on many ranks."};

@@ -8,8 +8,8 @@
 #include <nlohmann/json.hpp>
 
 #include "core/base/atomic_file.h"
+#include "core/base/html.h"
 #include "core/context.h"
-#include "launch/chart.h"
 
 namespace shoal {
 namespace {

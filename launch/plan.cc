@@ -267,6 +267,7 @@ std::string PlanText(const Plan& plan, const Config& config) {
     // Every stage's ranks decide alike.
     if (rank.attention.empty()) continue;
     line("attention over cp", rank.attention);
+    if (config.data.documents) line("", "at most: as if each sequence were one document");
     break;
   }
   if (config.mesh.pp > 1) text += PipelineText(plan, config);
@@ -278,6 +279,8 @@ std::string PlanText(const Plan& plan, const Config& config) {
                      options.recompute.size() > 1 ? fmt::format("pp {}: ", stage) : "", full,
                      full == 1 ? "" : "s", selective));
   }
+  if (config.memory.recompute == "auto" && !plan.budget)
+    line("", "as if all ranks were on this host; memory.budget says what a rank has elsewhere");
   text += fmt::format("{:<22} {} ({} {:.0f} MB)\n", "fits", plan.fits() ? "yes" : "no",
                       plan.budget ? "memory.budget" : "a rank's share of this machine has",
                       Mega(plan.limit()));

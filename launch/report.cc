@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "core/base/error.h"
+#include "core/base/html.h"
 #include "data/file.h"
 #include "launch/chart.h"
 #include "launch/config.h"

@@ -47,6 +47,7 @@ RunSaves::RunSaves(const CheckpointConfig& config, Communicator& communicator, C
     options.staging = config_.staging;
     options.full_disk = WaitForRoom(config_, console_);
     saver_.emplace(directory_, PlanPart(communicator_.rank(), step_.State(true)), options);
+    if (config_.async && config_.every > 0) saver_->Warm();
   });
   const auto mine = static_cast<double>(saver_->plan().layout.size);
   all_bytes_ = static_cast<int64_t>(communicator_.Sum(mine));

@@ -33,8 +33,6 @@ class RunSaves {
   // Bytes of a save over all ranks, and of its largest file.
   int64_t all_bytes() const { return all_bytes_; }
   int64_t largest_file() const { return largest_file_; }
-  // Memory of this rank that one takes while it is written.
-  int64_t staging_bytes() const { return saver_->staging_bytes(); }
 
   // Requests a save of the state as it is. If one is under way it is waited for: none is dropped.
   // Returns when it is durable if saves are not asynchronous.

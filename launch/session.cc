@@ -275,25 +275,25 @@ LoadedModel LoadModel(const std::string& save, std::optional<DType> compute) {
 
 void ResolveFrom(Config* config) {
   if (!config->model.from) return;
-  // Its weights are read much later, and by every rank for itself: looked through now.
-  const std::string save = FindSave(*config->model.from, [](const std::string&) {});
-  config->model.from = save;
+  const std::string save = FindSaves(*config->model.from, Ignore)[0];
   ResolveModelFrom(config, IsHuggingFace(save) ? HuggingFaceModel(save).config()
                                                : ModelShape(ParseConfig(ReadSaveInfo(save).config,
                                                                         save + "/manifest.json")));
 }
 
-void LoadWeights(const Config& config, TrainingStep& step) {
-  if (!config.model.from) return;
+void LoadWeights(Config* config, Communicator& communicator, const Warn& warn, TrainingStep& step) {
+  if (!config->model.from) return;
   StateDict weights = step.State();
   std::erase_if(weights, [](const StateEntry& e) { return !e.name.starts_with("model/"); });
-  ReadOnHost(weights, [&](const StateDict& host) {
-    if (IsHuggingFace(*config.model.from)) {
-      HuggingFaceModel(*config.model.from).Load(host);
-    } else {
-      LoadState(*config.model.from, host);
-    }
-  });
+  config->model.from =
+      LoadNewest(*config->model.from, communicator, warn, [&](const std::string& save) {
+        ReadOnHost(weights, [&](const StateDict& host) {
+          if (IsHuggingFace(save))
+            HuggingFaceModel(save).Load(host);
+          else
+            LoadState(save, host);
+        });
+      });
 }
 
 Evaluation Evaluate(int64_t sequences, int64_t micro, Communicator& communicator,

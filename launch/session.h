@@ -38,6 +38,7 @@ std::vector<Batch> StepBatches(const Config& config, const BatchPlan& plan, cons
                                int64_t step, int64_t replica);
 
 using Warn = std::function<void(const std::string&)>;
+inline void Ignore(const std::string&) {}  // what is warned of
 // Saves that may be read, newest first: those of a run whose manifest and file sizes are right (the
 // others are named to `warn`), or `path` itself if it is a save or a Hugging Face
 // directory. Error(kStorage) with the reason of
@@ -62,9 +63,11 @@ struct LoadedModel {
 };
 LoadedModel LoadModel(const std::string& save, std::optional<DType> compute = std::nullopt);
 
-// If model.from is set: takes the shape from there into `config`. The weights: LoadWeights.
+// If model.from is set: takes the shape from the newest save there into `config`.
 void ResolveFrom(Config* config);
-void LoadWeights(const Config& config, TrainingStep& step);
+// And the weights, as LoadNewest; from then on model.from names the save that they are of.
+// Collective.
+void LoadWeights(Config* config, Communicator& communicator, const Warn& warn, TrainingStep& step);
 
 // The mean loss over a share of `count` sequences, which `batch(first, count)` reads: each rank
 // takes a part, `micro` at a time. Collective.

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
@@ -67,7 +69,7 @@ class Torture {
  public:
   explicit Torture(const TortureOptions& options) : options_(options), random_(options.seed) {
     config_ = RunDirectory::Attach(options.run).config_path();
-    LoadConfig(config_);
+    CheckRanks(LoadConfig(config_));
     std::string scratch = fs::absolute(options.run).lexically_normal().string();
     while (scratch.ends_with('/')) scratch.pop_back();
     scratch += ".torture-XXXXXX";
@@ -93,6 +95,7 @@ class Torture {
   void Keep() { keep_ = true; }
   int64_t steps() const { return steps_; }
   int64_t every() const { return every_; }
+  int ranks() const { return std::max(options_.ranks, options_.local_ranks); }
 
  private:
   std::string Path(const std::string& name) const { return scratch_ + "/" + name; }
@@ -102,6 +105,8 @@ class Torture {
   double Uniform(double high) { return std::uniform_real_distribution<>(0, high)(random_); }
   int64_t Below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(random_); }
 
+  void CheckRanks(const Config& config) const;
+  Child StartWords(std::vector<std::string> words, const std::string& output) const;
   std::vector<std::string> TrainWords(const std::string& run) const;
   // Goes on with `run`, or begins it if no save of it is there to go on from.
   Child Start(const std::string& run) const;
@@ -109,6 +114,7 @@ class Torture {
   bool InSave(const std::string& run) const;
   void WaitForAMoment(Child& child, bool aimed);
   std::string Compare(const std::string& run) const;
+  std::string KillOne(Child& child, int rank);
   std::string CheckAfterKill(int64_t* newest) const;
   std::string DamageOnce(const std::string& victim, const std::string& other, int64_t kind);
 
@@ -119,13 +125,29 @@ class Torture {
   int64_t steps_ = 16, every_ = 1;
   double seconds_ = 0;       // of the run that nobody kills
   double save_seconds_ = 0;  // from a save's request until it is durable, at most
+  double slowest_end_ = 0;   // of ranks after one of them was killed
 };
+
+void Torture::CheckRanks(const Config& config) const {
+  if (options_.ranks > 0 && options_.local_ranks > 1)
+    SHOAL_FAIL(ErrorKind::kConfig, "torture",
+               "--ranks are processes and --local-ranks threads: use one of the two");
+  try {
+    CheckBatch(config, ranks());
+  } catch (const Error& e) {
+    SHOAL_FAIL(e.kind(), "torture", "{}, with --ranks or --local-ranks", e.message());
+  }
+}
+
+Child Torture::StartWords(std::vector<std::string> words, const std::string& output) const {
+  if (options_.local_ranks > 1)
+    words.insert(words.end(), {"--local-ranks", std::to_string(options_.local_ranks)});
+  return Child(words, output, options_.ranks);
+}
 
 std::vector<std::string> Torture::TrainWords(const std::string& run) const {
   return {"train",
           config_,
-          "--local-ranks",
-          std::to_string(options_.local_ranks),
           "run.dir=" + Path(run),
           fmt::format("run.steps={}", steps_),
           "run.validate_every=0",
@@ -136,11 +158,9 @@ std::vector<std::string> Torture::TrainWords(const std::string& run) const {
 }
 
 Child Torture::Start(const std::string& run) const {
-  if (!ListSaves(Saves(run)).empty())
-    return Child({"resume", Path(run), "--local-ranks", std::to_string(options_.local_ranks)},
-                 Path("output"));
+  if (!ListSaves(Saves(run)).empty()) return StartWords({"resume", Path(run)}, Path("output"));
   fs::remove_all(Path(run));
-  return Child(TrainWords(run), Path("output"));
+  return StartWords(TrainWords(run), Path("output"));
 }
 
 void Torture::MustTrain(const std::string& run, int code, int expected) const {
@@ -155,7 +175,7 @@ void Torture::Unkilled() {
   for (const bool measured : {false, true}) {
     fs::remove_all(Path("whole"));
     const Clock::time_point begin = Clock::now();
-    MustTrain("whole", Child(TrainWords("whole"), Path("output")).Wait(), 0);
+    MustTrain("whole", StartWords(TrainWords("whole"), Path("output")).Wait(), 0);
     seconds_ = Since(begin);
     if (measured) break;
     steps_ = std::clamp<int64_t>(static_cast<int64_t>(2 / seconds_ * static_cast<double>(steps_)),
@@ -192,6 +212,33 @@ void Torture::WaitForAMoment(Child& child, bool aimed) {
   while (!child.Ended() && Since(begin) < moment) Sleep(0.0005);
   while (aimed && !child.Ended() && !InSave("run")) Sleep(0.0001);
   if (aimed) Sleep(Uniform(save_seconds_ + 0.002));
+}
+
+// Only `rank`, once all are there. The others must end: mpirun or their watchdogs see to it.
+std::string Torture::KillOne(Child& child, int rank) {
+  std::map<int, pid_t> ranks;
+  while (!child.Ended() && std::ssize(ranks) < options_.ranks) {
+    ranks = child.Ranks();
+    Sleep(0.0005);
+  }
+  if (child.Ended()) return "";
+  kill(ranks[rank], SIGKILL);
+  const Clock::time_point begin = Clock::now();
+  const auto all_ended = [&] {
+    return child.Ended() &&
+           std::ranges::none_of(ranks, [](const auto& other) { return IsRunning(other.second); });
+  };
+  constexpr double kPatience = 10;
+  while (!all_ended() && Since(begin) < kPatience) Sleep(0.002);
+  slowest_end_ = std::max(slowest_end_, Since(begin));
+  if (!all_ended()) {
+    child.Kill();
+    for (const auto& [other, pid] : ranks) kill(pid, SIGKILL);  // mpirun may be gone without them
+    return fmt::format("rank {} was killed, and {:.0f} s later others still run", rank, kPatience);
+  }
+  // It may have been done already.
+  if (*child.Ended() != 0 || fs::exists(SavePath(Saves("run"), steps_))) return "";
+  return fmt::format("rank {} was killed, and the job ended well", rank);
 }
 
 // All saves under their own names are whole, and none that was durable is gone. `newest`: the step
@@ -238,18 +285,25 @@ void Torture::Kills() {
       if (*code != 0) break;
       continue;
     }
-    child.Kill();
+    // Rank 0, any one, all.
+    const int64_t victims = options_.ranks > 0 ? done % 3 : 2;
+    std::string wrong;
+    if (victims == 2)
+      child.Kill();
+    else
+      wrong = KillOne(child, victims == 0 ? 0 : static_cast<int>(Below(options_.ranks)));
     ++done;
     if (InSave("run")) ++in_save;
-    const std::string wrong = CheckAfterKill(&newest);
+    if (wrong.empty()) wrong = CheckAfterKill(&newest);
     if (newest == 0) ++before_any;
     if (wrong.empty()) ++kills.passed;
     if (!wrong.empty()) fail(kills, wrong);
   }
   if (done > 0) finish(Start("run").Wait());
   if (kills.detail.empty())
-    kills.detail =
-        fmt::format("{} while a save was written, {} before the first", in_save, before_any);
+    kills.detail = fmt::format(
+        "{} while a save was written, {} before the first{}", in_save, before_any,
+        options_.ranks > 0 ? fmt::format("; others ended within {:.1f} s", slowest_end_) : "");
   if (ends.detail.empty()) ends.detail = "bitwise the unkilled copy";
   trials.push_back(kills);
   trials.push_back(ends);
@@ -273,7 +327,7 @@ void Torture::FullDisk() {
     words.emplace_back(relieved ? "checkpoint.full_disk_wait=60" : "checkpoint.full_disk_wait=0.2");
     fs::remove_all(Path("full"));
     const std::string output = Path(relieved ? "relieved" : "full-output");
-    Child child(words, output);
+    Child child = StartWords(words, output);
     while (!child.Ended() && ListSaves(Saves("full")).empty()) Sleep(0.001);
     if (!child.Ended()) child.LimitFiles(largest - 1);
     bool waited = false;
@@ -365,7 +419,7 @@ int TortureCommand(const TortureOptions& options) {
     nlohmann::ordered_json json = {{"passed", passed},
                                    {"steps", torture.steps()},
                                    {"every", torture.every()},
-                                   {"ranks", options.local_ranks},
+                                   {"ranks", torture.ranks()},
                                    {"seed", options.seed},
                                    {"seconds", Since(begin)},
                                    {"trials", nlohmann::ordered_json::array()}};

@@ -104,13 +104,14 @@ class Run {
     });
     knobs_ = KnobText(KnobsOf(config_, options_, plan_));
     SetFailureContext([&](FailureContext& context) { context.memory = knobs_; });
-    limit_ = config_.memory.overcommit ? MemoryOfRank(1) : config_.memory.budget.value_or(share);
-    LimitMemory(limit_);
+    LimitMemory(config_.memory.overcommit ? MemoryOfRank(1)
+                                          : config_.memory.budget.value_or(share));
   }
 
   void BuildFresh() {
     step_.emplace(options_, communicator_);
-    Agree(communicator_, [&] { LoadWeights(config_, *step_); });
+    LoadWeights(
+        &config_, communicator_, [&](const std::string& what) { console_.Warn(what); }, *step_);
     step_->optimizer().TakeValues();
   }
 
@@ -143,7 +144,7 @@ class Run {
                                                    : RunDirectory::Attach(run));
       if (communicator_.rank() != 0) return;
       RecoverSaves(directory_->checkpoints_path());
-      for (const std::string& save : FindSaves(run, [](const std::string&) {})) {
+      for (const std::string& save : FindSaves(run, Ignore)) {
         if (ReadSaveInfo(save).step < config_.run.steps) return;
         try {
           VerifySave(save);
@@ -179,8 +180,6 @@ class Run {
     saves_.emplace(config_.checkpoint, communicator_, console_,
                    RunDirectory::CheckpointsPath(config_.run.dir), *step_,
                    [this] { metrics_->Sync(); });
-    // A save of any moment has its own.
-    LimitMemory(limit_ + saves_->staging_bytes());
   }
   void OpenFiles();
   void OpenMetrics() {
@@ -207,7 +206,6 @@ class Run {
   Plan forecast_;  // rank 0's
   OpenedData data_;
   TrainingOptions options_;
-  int64_t limit_ = 0;        // of this rank's memory, beside a save's
   std::string knobs_;        // what would take less
   bool watch_next_ = false;  // what is alive at the next step's peak is reported
   std::optional<RunDirectory> directory_;

@@ -86,10 +86,10 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
     const OpenedData data = OpenData(&mine);
     const TrainingOptions options = MakeTrainingOptions(mine, plan);
     TrainingStep many(options, world);
-    LoadWeights(mine, many);
+    LoadWeights(&mine, world, Ignore, many);
     many.optimizer().TakeValues();
     // The first rank also trains the twin.
-    const Config one_config = OneRank(mine, plan);
+    Config one_config = OneRank(mine, plan);
     const BatchPlan one_plan = CheckBatch(one_config, 1);
     const auto self = MakeSelfCommunicator();
     std::optional<TrainingStep> one;
@@ -98,7 +98,7 @@ Verification Verify(const Config& config, int ranks, int64_t steps) {
       TrainingOptions alone = MakeTrainingOptions(one_config, one_plan);
       alone.gradients = options.gradients;  // as many ranks hold them
       one.emplace(alone, *self);
-      LoadWeights(one_config, *one);
+      LoadWeights(&one_config, *self, Ignore, *one);
       one->optimizer().TakeValues();
     }
     for (int64_t step = 1; step <= steps; ++step) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/base/html.h"
 #include "parallel/pipeline_simulator.h"
 
 namespace shoal {
@@ -26,21 +27,6 @@ std::string Label(const PipelineAction& action, int chunks) {
   if (chunks == 1) return label;
   if (chunks <= 26) return label + static_cast<char>('a' + action.chunk);
   return label + fmt::format(".{}", action.chunk);
-}
-
-std::string EscapeXml(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '&')
-      out += "&amp;";
-    else if (c == '<')
-      out += "&lt;";
-    else if (c == '>')
-      out += "&gt;";
-    else
-      out += c;
-  }
-  return out;
 }
 
 // Calls f(action, span) for a rank's passes.
@@ -136,7 +122,7 @@ std::string DrawPipelineTimelineSvg(const PipelineSimulation& s) {
       "font-family=\"sans-serif\" font-size=\"11\" fill=\"currentColor\">\n<title>{2}</title>\n"
       "<text x=\"4\" y=\"16\">{2}</text>\n",
       kLeft + wanted + 10, kTop + kRow * static_cast<double>(s.spans.size()) + 10,
-      EscapeXml(Head(s)));
+      EscapeHtml(Head(s)));
   double x = kLeft;
   for (const auto& [color, name] :
        {std::pair{kForwardColor, "forward"}, std::pair{kInputColor, "backward: input"},

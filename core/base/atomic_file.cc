@@ -73,9 +73,12 @@ void AtomicFile::Commit() {
 
 void SyncDirectory(const std::string& path) {
   const int directory = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (directory < 0) return;
-  fsync(directory);
-  close(directory);
+  const bool synced = directory >= 0 && fsync(directory) == 0;
+  const int error = errno;
+  if (directory >= 0) close(directory);
+  if (!synced && error != EINVAL && error != EACCES)
+    SHOAL_FAIL(ErrorKind::kStorage, "write", "{}: cannot be flushed to the disk: {}", path,
+               std::strerror(error));
 }
 
 }  // namespace shoal

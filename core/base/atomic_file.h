@@ -29,8 +29,8 @@ class AtomicFile {
   int file_ = -1;
 };
 
-// Makes the names in a directory durable. A file system that cannot sync one has made its own
-// promise.
+// Makes the names in a directory durable; Error(kStorage) if that fails. A file system that cannot
+// sync one, or lets nobody read it, has made its own promise.
 void SyncDirectory(const std::string& path);
 
 }  // namespace shoal

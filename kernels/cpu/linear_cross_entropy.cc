@@ -28,7 +28,7 @@ struct Block {
   int64_t rows, first, width;  // columns [first, first + width) of the vocabulary
   void* logits;                // f32 or f64, until pass 1
   void* kept;                  // in the type of x; may be the same memory; absent without backward
-  const int32_t* labels;       // [rows], none ignored
+  const int32_t* labels;       // [rows]; those of other blocks, or of none, match no column
 };
 
 // What is known of a row after the blocks so far; also a row of VocabularyShare::merge.
@@ -150,12 +150,14 @@ HWY_EXPORT(Pass2);
 HWY_EXPORT(Narrow);
 
 constexpr const char* kOp = "linear_cross_entropy";
+constexpr int32_t kNoLabel = std::numeric_limits<int32_t>::min();
 
 // Equal blocks of the vocabulary, a multiple of 64 wide: large enough for the products, small
 // enough that the logits of 256 tokens stay in the last level cache.
 int64_t BlockWidth(int64_t vocab) {
   constexpr int64_t kTarget = 8192, kStep = 64;
-  const int64_t blocks = std::max<int64_t>(1, (vocab + kTarget - 1) / kTarget);
+  vocab = std::max<int64_t>(vocab, 1);
+  const int64_t blocks = (vocab + kTarget - 1) / kTarget;
   return ((vocab + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
 }
 
@@ -209,75 +211,102 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
   const VocabularyShare* share = options.share;
   const bool counting = stream.counting();  // as if all tokens had a label
   const int64_t count = counting ? tokens : FindValid(labels, share ? share->size : vocab, valid);
-  const bool all = count == tokens;
-  int32_t* valid_labels = valid + tokens;
+  const bool backward = (dx || dw) && vocab > 0, narrow = type == DType::kBF16;
+  // Rows that count are gathered, but for the loss alone. Memory must not depend on how many they
+  // are, and that of products depends on their shapes: so chunks are as many of the chunks of all
+  // rows as it takes, and zeros fill up the last. Until dx is computed it holds what is gathered.
+  const bool gather = backward && count < tokens;
+  int32_t* row_labels = valid + tokens;
   // Relative to the first row of w: labels that it does not have match no block.
   const auto first_row = static_cast<int32_t>(share ? share->first : 0);
-  for (int64_t i = 0; i < count && !counting; ++i)
-    valid_labels[i] = labels.as<const int32_t>()[valid[i]] - first_row;
-  if (!all) SetZero(losses);
-  if (dx && (!all || vocab == 0) && !counting) SetZero(dx);
-  if (count == 0) {
-    if (dw && !accumulate_dw && !counting) SetZero(dw);
-    return;
+  for (int64_t i = 0; i < tokens && !counting; ++i) {
+    const int32_t label =
+        gather && i >= count ? -1 : labels.as<const int32_t>()[gather ? valid[i] : i];
+    row_labels[i] = label < 0 ? kNoLabel : label - first_row;
   }
 
-  const int64_t chunk = std::min(options.chunk_tokens, count), width = BlockWidth(vocab);
+  const int64_t chunk = std::min(options.chunk_tokens, tokens), width = BlockWidth(vocab);
   const int64_t blocks = (vocab + width - 1) / width;
-  const bool backward = (dx || dw) && vocab > 0, narrow = type == DType::kBF16;
   // dx is summed over blocks, dw over chunks, both in f32: in place where they are f32 themselves.
-  const bool dx_direct = all && (dx.dtype == sum_type || blocks == 1);
+  const bool dx_direct = dx.dtype == sum_type || blocks == 1;
   // A narrow dw of several chunks would need a wide sum. Where it takes no more memory, what all
   // chunks keep is held instead, and dw is one product.
   const bool hold =
-      backward && dw && narrow && dw.dtype == type && count > chunk && count <= 2 * depth + chunk;
-  const bool dw_direct = dw.dtype == sum_type || count <= chunk || hold;
+      backward && dw && narrow && dw.dtype == type && tokens > chunk && tokens <= 2 * depth + chunk;
+  const bool dw_direct = dw.dtype == sum_type || tokens <= chunk || hold;
+  const int64_t held = hold ? tokens : chunk;
   auto bytes = [](DType dtype, int64_t rows, int64_t columns) {
     return SizeOf(dtype) * static_cast<size_t>(rows * columns);
   };
   const Scratch row_memory(stream, sizeof(Row) * static_cast<size_t>(chunk));
   const Scratch max_memory(stream, bytes(sum_type, blocks, chunk));
   const bool in_place = backward && !narrow;
-  const Scratch logits_memory(stream, bytes(sum_type, chunk, in_place ? vocab : width));
-  const int64_t held = hold ? count : chunk;  // tokens
+  const Scratch logits_memory(stream,
+                              bytes(sum_type, chunk, in_place ? vocab : std::min(width, vocab)));
   const Scratch kept_memory(stream, backward && narrow ? bytes(type, held, vocab) : 0);
-  const Scratch x_memory(stream, all ? 0 : bytes(type, held, depth));
-  const DType dx_type = blocks == 1 ? dx.dtype : sum_type;  // of the sum over blocks
-  const Scratch dx_memory(stream, dx && !dx_direct ? bytes(dx_type, chunk, depth) : 0);
-  const Scratch dx_narrow_memory(
-      stream, dx && !dx_direct && dx_type != dx.dtype && !all ? bytes(type, chunk, depth) : 0);
+  const Scratch x_memory(stream, backward && !dx ? bytes(type, held, depth) : 0);
+  const Scratch dx_memory(stream, dx && !dx_direct ? bytes(sum_type, chunk, depth) : 0);
   const Scratch dw_memory(stream, dw && !dw_direct ? bytes(sum_type, vocab, depth) : 0);
   Row* rows = row_memory.as<Row>();
 
-  for (int64_t begin = 0; begin < count; begin += chunk) {
-    const int64_t n = std::min(chunk, count - begin);
-    const int64_t at = hold ? begin : 0;  // of the chunk among the tokens that are held
-    View xc = all ? x.Narrow(0, begin, n)
-                  : View(x_memory.as<char>() + bytes(type, at, depth), type, {n, depth});
-    if (!all)
-      for (int64_t r = 0; r < n; ++r) CopyRow(xc, r, x, valid[begin + r]);
-    if (!counting) std::fill(rows, rows + n, Row{});
-    auto block_at = [&](int64_t b) {
-      const int64_t first = b * width, columns = std::min(width, vocab - first);
-      char* logits = logits_memory.as<char>() + (in_place ? bytes(sum_type, n, first) : 0);
-      void* kept = !backward  ? nullptr
-                   : in_place ? logits
-                              : kept_memory.as<char>() + bytes(type, hold ? count : n, first) +
-                                    bytes(type, at, columns);
-      return Block{n, first, columns, logits, kept, valid_labels + begin};
-    };
-    auto block_max = [&](int64_t b) { return max_memory.as<char>() + bytes(sum_type, b, chunk); };
+  if (count < tokens) SetZero(losses);
+  if (dx && (count == 0 || vocab == 0) && !counting) SetZero(dx);
+  if (count == 0) {
+    if (dw && !accumulate_dw && !counting) SetZero(dw);
+    return;
+  }
 
+  const int64_t end =
+      gather && !hold ? std::min(tokens, (count + chunk - 1) / chunk * chunk) : tokens;
+  auto x_rows = [&](int64_t begin, int64_t n) {
+    if (!gather) return x.Narrow(0, begin, n);
+    char* data = dx ? dx.as<char>() + bytes(hold ? type : dx.dtype, begin, depth)
+                    : x_memory.as<char>() + bytes(type, hold ? begin : 0, depth);
+    return View(data, type, {n, depth});
+  };
+  auto block_at = [&](int64_t begin, int64_t b) {
+    const int64_t n = std::min(chunk, end - begin);
+    const int64_t first = b * width, columns = std::min(width, vocab - first);
+    char* logits = logits_memory.as<char>() + (in_place ? bytes(sum_type, n, first) : 0);
+    void* kept = !backward  ? nullptr
+                 : in_place ? logits
+                            : kept_memory.as<char>() + bytes(type, hold ? end : n, first) +
+                                  bytes(type, hold ? begin : 0, columns);
+    return Block{n, first, columns, logits, kept, row_labels + begin};
+  };
+  auto block_max = [&](int64_t b) { return max_memory.as<char>() + bytes(sum_type, b, chunk); };
+  // Block after block of a chunk.
+  auto add_dx = [&](int64_t begin, const Block& block) {
+    const int64_t n = block.rows;
+    const View to = dx.Narrow(0, begin, n);
+    const View sum = dx_direct ? to : View(dx_memory.as<void>(), sum_type, {n, depth});
+    Matmul(stream, sum, View(block.kept, type, {n, block.width}),
+           w.Narrow(0, block.first, block.width), {}, block.first > 0 ? 1 : 0);
+    if (!dx_direct && block.first + block.width == vocab && !counting)
+      HWY_DYNAMIC_DISPATCH(Narrow)(to.as<BF16>(), sum.as<const float>(), n * depth, false);
+  };
+
+  for (int64_t begin = 0; begin < end; begin += chunk) {
+    const int64_t n = std::min(chunk, end - begin);
+    const View xc = x_rows(begin, n);
+    for (int64_t r = 0; r < n && gather; ++r) {
+      if (begin + r < count)
+        CopyRow(xc, r, x, valid[begin + r]);
+      else
+        SetZero(xc.Narrow(0, r, 1));
+    }
+    if (!counting) std::fill(rows, rows + n, Row{});
     for (int64_t b = 0; b < blocks; ++b) {
-      const Block block = block_at(b);
+      const Block block = block_at(begin, b);
       Matmul(stream, View(block.logits, sum_type, {n, block.width}), xc,
              w.Narrow(0, block.first, block.width).Transposed(), {}, 0);
       if (!counting) HWY_DYNAMIC_DISPATCH(Pass1)(type, block, rows, block_max(b));
     }
     if (share && !counting) share->merge(&rows->max, n);
     for (int64_t r = 0; r < n && !counting; ++r) {
+      if (row_labels[begin + r] == kNoLabel) continue;
       const double loss = std::log(rows[r].sum) + (rows[r].max - rows[r].label_logit);
-      const int64_t to = all ? begin + r : valid[begin + r];
+      const int64_t to = gather ? valid[begin + r] : begin + r;
       if (sum_type == DType::kF64)
         losses.as<double>()[to] = loss;
       else
@@ -285,35 +314,38 @@ void LinearCrossEntropy(const Stream& stream, const View& losses, const View& dx
     }
     if (!backward) continue;
 
-    const View dx_sum = dx_direct ? (dx ? dx.Narrow(0, begin, n) : View())
-                                  : View(dx_memory.as<void>(), dx_type, {n, depth});
     const View dw_sum = dw_direct ? dw : View(dw_memory.as<void>(), sum_type, {vocab, depth});
     const bool add_dw = begin > 0 || (dw_direct && accumulate_dw);
     for (int64_t b = 0; b < blocks; ++b) {
-      const Block block = block_at(b);
+      const Block block = block_at(begin, b);
       if (!counting)
         HWY_DYNAMIC_DISPATCH(Pass2)(type, block, rows, block_max(b), options.gradient_scale);
-      const View d(block.kept, type, {n, block.width});
-      if (dx) Matmul(stream, dx_sum, d, w.Narrow(0, block.first, block.width), {}, b > 0 ? 1 : 0);
+      if (dx && !gather) add_dx(begin, block);
       if (dw && !hold)
-        Matmul(stream, dw_sum.Narrow(0, block.first, block.width), d.Transposed(), xc, {},
-               add_dw ? 1 : 0);
+        Matmul(stream, dw_sum.Narrow(0, block.first, block.width),
+               View(block.kept, type, {n, block.width}).Transposed(), xc, {}, add_dw ? 1 : 0);
     }
-    if (!dx || dx_direct || counting) continue;
-    View from = dx_sum;
-    if (dx_type != dx.dtype) {
-      from = all ? dx.Narrow(0, begin, n) : View(dx_narrow_memory.as<void>(), type, {n, depth});
-      HWY_DYNAMIC_DISPATCH(Narrow)
-      (from.as<BF16>(), dx_sum.as<const float>(), n * depth, false);
-    }
-    if (!all)
-      for (int64_t r = 0; r < n; ++r) CopyRow(dx, valid[begin + r], from, r);
+    // Over what was gathered.
+    for (int64_t b = 0; b < blocks && dx && gather && !hold; ++b) add_dx(begin, block_at(begin, b));
   }
-  const View x_held = all ? x : View(x_memory.as<void>(), type, {count, depth});
   for (int64_t b = 0; b < blocks && hold; ++b) {
-    const int64_t first = b * width, columns = std::min(width, vocab - first);
-    const View d(kept_memory.as<char>() + bytes(type, count, first), type, {count, columns});
-    Matmul(stream, dw.Narrow(0, first, columns), d.Transposed(), x_held, {}, accumulate_dw ? 1 : 0);
+    const Block block = block_at(0, b);
+    const View d(block.kept, type, {end, block.width});
+    Matmul(stream, dw.Narrow(0, block.first, block.width), d.Transposed(), x_rows(0, end), {},
+           accumulate_dw ? 1 : 0);
+  }
+  if (dx && gather) {
+    for (int64_t begin = 0; begin < end && hold; begin += chunk)
+      for (int64_t b = 0; b < blocks; ++b) add_dx(begin, block_at(begin, b));
+    // To their places, from the last: none lies before where it comes from.
+    for (int64_t row = tokens - 1, from = count - 1; row >= 0; --row) {
+      if (from < 0 || valid[from] != row)
+        SetZero(dx.Narrow(0, row, 1));
+      else if (from != row)
+        CopyRow(dx, row, dx, from--);
+      else
+        break;  // and so are all before it
+    }
   }
   if (dw && !dw_direct && !counting) {
     HWY_DYNAMIC_DISPATCH(Narrow)

@@ -39,7 +39,7 @@ class CountingScratch : public ScratchSource {
   size_t live_ = 0, peak_ = 0;
 };
 
-// M tokens of D into V, all arrays in f32.
+// M tokens of D into V, all arrays in f32, or what they hold taken for bf16.
 struct Head {
   int64_t tokens, depth, vocab;
   std::vector<float> losses, dx, dw, x, w;
@@ -56,11 +56,10 @@ struct Head {
         x(tokens * depth, 0.5f),
         w(vocab * depth, 0.25f),
         labels(tokens) {}
-  void Run(bool with_dx, bool with_dw, int64_t chunk) {
+  void Run(bool with_dx, bool with_dw, int64_t chunk, DType t = DType::kF32) {
     Stream stream;
     stream.scratch = &scratch;
-    const DType t = DType::kF32;
-    LinearCrossEntropy(stream, View(losses.data(), t, {tokens}),
+    LinearCrossEntropy(stream, View(losses.data(), DType::kF32, {tokens}),
                        with_dx ? View(dx.data(), t, {tokens, depth}) : View(),
                        with_dw ? View(dw.data(), t, {vocab, depth}) : View(), false,
                        View(x.data(), t, {tokens, depth}), View(w.data(), t, {vocab, depth}),
@@ -101,6 +100,26 @@ TEST(LinearCrossEntropy, EitherGradientMayBeAbsent) {
   EXPECT_EQ(weight.dw, both.dw);
   EXPECT_EQ(input.losses, both.losses);
   EXPECT_EQ(weight.losses, both.losses);
+}
+
+// However many labels are ignored, and where.
+TEST(LinearCrossEntropy, TakesTheSameMemoryForAnyLabels) {
+  for (const DType type : {DType::kF32, DType::kBF16}) {
+    for (const bool with_dx : {true, false}) {
+      // Several chunks, of which bf16 gradients hold all; several whose sum is wide; one.
+      for (const int64_t chunk : {33, 7, 100}) {
+        size_t all = 0;
+        for (const int ignored : {0, 1, 60, 99}) {
+          Head head(100, 40, chunk == 7 ? 9000 : 129);
+          for (int i = 0; i < ignored; ++i) head.labels[i * 37 % 100] = -1;
+          head.Run(with_dx, true, chunk, type);
+          if (ignored == 0) all = head.scratch.peak();
+          EXPECT_EQ(head.scratch.peak(), all)
+              << Name(type) << ' ' << with_dx << ' ' << chunk << ' ' << ignored;
+        }
+      }
+    }
+  }
 }
 
 // Of [tokens, vocab] a chunk is held; for the loss alone a block of its columns.

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "checkpoint/manifest.h"
@@ -61,6 +62,7 @@ class AsyncSave : public ::testing::Test {
       };
       Saver saver(directory_ / "behind", PlanPart(c.rank(), step.State(true)), saver_options);
       if (wait_for_copies) step.set_before_update([&] { saver.WaitCopied(); });
+      saver.Warm();
       saver.Begin(2, step.State(true));
       for (int s = 2; s < 5; ++s) run(s);
       commit("behind", saver.TakePart());
@@ -146,6 +148,29 @@ TEST_F(AsyncSave, AnUpdateWaitsForTheCopies) {
   EXPECT_EQ(step.optimizer().step(), 1);
   CommitSave(directory_ / "behind", {2, 0, "", ""}, {saver.TakePart()});
   VerifySave(SavePath(directory_ / "behind", 2));
+}
+
+// Then no save is the first to touch it, and it stays for all of them.
+TEST_F(AsyncSave, StagingIsTouchedBeforehand) {
+  const auto resident = [] {
+    int64_t all = 0, pages = 0;
+    std::ifstream("/proc/self/statm") >> all >> pages;
+    return pages * sysconf(_SC_PAGESIZE);
+  };
+  const Tensor values = Tensor::Full({int64_t{8} << 20}, DType::kF32, 1);
+  const StateDict state = {{"w", values, {int64_t{8} << 20}, {0}}};
+  Saver saver(directory_ / "behind", PlanPart(0, state), {.staging = int64_t{64} << 20});
+  const int64_t before = resident(), staging = saver.staging_bytes();
+  EXPECT_GE(staging, saver.plan().data_bytes);
+  saver.Warm();
+  for (int tries = 0; tries < 2000 && resident() < before + staging * 9 / 10; ++tries)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  for (int64_t step = 1; step <= 2; ++step) {
+    EXPECT_GE(resident(), before + staging * 9 / 10);
+    saver.Begin(step, state);
+    CommitSave(directory_ / "behind", {step, 0, "", ""}, {saver.TakePart()});
+    VerifySave(SavePath(directory_ / "behind", step));
+  }
 }
 
 // Given up, or failed: nobody waits for it, and the next save is a save.

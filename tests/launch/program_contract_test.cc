@@ -124,6 +124,33 @@ TEST_F(ProgramContract, PlannedBytesOfBf16) {
   }
 }
 
+// Where documents end, labels are ignored: in every step others, and other numbers of them.
+TEST_F(ProgramContract, PlannedBytesOfPackedDocuments) {
+  std::filesystem::create_directory(Path("texts"));
+  for (int i = 0; i < 300; ++i)
+    WriteText(Path(fmt::format("texts/{:03}.txt", i)), SomeText(1 + i * i % 40, i));
+  for (const char* precision : {"fp32", "bf16"}) {
+    // One chunk of the loss; two whose logits' gradients are held for a narrow gradient; two.
+    for (const auto& [length, ranks] : {std::pair(8, 1), {132, 3}, {140, 1}}) {
+      const std::string run = fmt::format("{}-{}", precision, length);
+      SCOPED_TRACE(run);
+      Settings all = Recipe();
+      all.Set("data.path", "\"texts\"").Set("data.documents", "true");
+      all.Set("data.sequence_length", std::to_string(length)).Set("batch.micro", "4");
+      all.Set("precision.compute", fmt::format("\"{}\"", precision));
+      if (std::string(precision) == "bf16") all.Set("precision.gradients", "\"bf16\"");
+      all.Set("run.dir", fmt::format("\"{}\"", run));
+      const ProgramResult result = Train(all, {"--local-ranks", std::to_string(ranks)});
+      ASSERT_EQ(result.exit_code, 0) << result.err;
+      const ordered_json plan = ordered_json::parse(ReadText(Path(run + "/plan.json")));
+      const std::vector<StepMetrics> steps = Metrics(run);
+      EXPECT_LT(steps.back().tokens, 6 * 12 * length);
+      for (const auto& [name, bytes] : steps.back().peak_bytes)
+        EXPECT_EQ(plan["ranks"][0]["bytes"][name].get<int64_t>(), bytes) << name;
+    }
+  }
+}
+
 TEST_F(ProgramContract, RunDirectoryIsSelfContained) {
   ASSERT_EQ(Train(Recipe(), {"--local-ranks", "3"}).exit_code, 0);
   std::vector<std::string> found;

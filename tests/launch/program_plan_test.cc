@@ -61,6 +61,12 @@ TEST_F(ProgramPlan, SaysHowTheModelIsCut) {
         "layout zigzag"})
     EXPECT_NE(text.find(words), std::string::npos) << words << "\n" << text;
   EXPECT_EQ(text.find("blocks.1."), std::string::npos);
+  const auto bound = [&](const std::string& more) {
+    const std::string planned = Must({"plan", "a.toml", "mesh.cp=2", "--ranks", "2", more}).out;
+    return planned.find("as if each sequence were one document") != std::string::npos;
+  };
+  EXPECT_FALSE(bound("data.documents=false"));
+  EXPECT_TRUE(bound("data.documents=true"));
 }
 
 TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
@@ -83,6 +89,16 @@ TEST_F(ProgramPlan, AutoKeepsToItsBudget) {
   }
   ExpectOneBlock(Run({"train", "a.toml", "memory.recompute=auto", "memory.budget=1000"}), 2,
                  {"memory.recompute = \"auto\"", "with every block recomputed"});
+  // Without a budget ranks share this host's memory, wherever they will be.
+  const std::string words = "as if all ranks were on this host";
+  const auto planned = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"plan", "a.toml", "--ranks", "2"});
+    return Must(more).out;
+  };
+  EXPECT_NE(planned({"memory.recompute=auto"}).find(words), std::string::npos);
+  EXPECT_EQ(planned({"memory.recompute=auto", "memory.budget=1GiB"}).find(words),
+            std::string::npos);
+  EXPECT_EQ(planned({}).find(words), std::string::npos);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // A run that was stopped, killed or damaged goes on as if nothing had happened.
 #include <csignal>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/store.h"
@@ -348,6 +350,26 @@ TEST_F(ProgramResume, WeightsOfAnotherRun) {
   EXPECT_LT(Metrics("next")[0].loss, Metrics("run")[0].loss - 1);
   ExpectOneBlock(Train(next.Set("model.layers", "3").Set("run.dir", "\"third\"")), 2,
                  {"model.layers is 3 in the configuration, but 1"});
+}
+
+// Every rank reads what it needs once; what one finds damaged sends all to an older save.
+TEST_F(ProgramResume, WeightsOfAnotherRunWhoseNewestSaveIsDamaged) {
+  ASSERT_EQ(Train(Settings().Set("checkpoint.every", "3")).exit_code, 0);
+  const std::string file = NewestSave("run") + "/rank-0000.h5";
+  std::ifstream in(file, std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  for (size_t i = 0; i < bytes.size(); i += 1000) bytes[i] ^= 1;
+  WriteText(file, bytes);
+  Settings next;
+  next.Set("run.dir", "\"next\"").Set("model.from", "\"run\"").Set("run.steps", "1");
+  const ProgramResult result = Train(next, {"--local-ranks", "2"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_NE(result.err.find("trying an older save"), std::string::npos) << result.err;
+  EXPECT_EQ(LoadConfig(Path("next/config.toml")).model.from,
+            std::filesystem::canonical(Path("run/checkpoints/step-00000003")));
+  next.Set("model.from", "\"run/checkpoints/step-00000006\"").Set("run.dir", "\"third\"");
+  ExpectOneBlock(Train(next), 73, {"rank-0000.h5", "damaged"});
+  ExpectNoRun("third");
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "core/base/error.h"
+#include "core/base/html.h"
 #include "core/base/philox.h"
 #include "launch/chart.h"
 #include "launch/config.h"

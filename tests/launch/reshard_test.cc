@@ -3,8 +3,13 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cmath>
 #include <filesystem>
+#include <map>
+#include <mutex>
 
+#include "checkpoint/manifest.h"
 #include "checkpoint/store.h"
 #include "tests/launch/parity.h"
 
@@ -92,6 +97,137 @@ TEST(Reshard, AnyLayoutGoesOnFromAnyOther) {
       fs::remove_all(directory);
     }
   }
+}
+
+// Ranks as dp x tp x pp at a ZeRO stage.
+struct Factors {
+  int dp, tp, pp, stage;
+  int ranks() const { return dp * tp * pp; }
+  std::string name() const { return fmt::format("dp {} tp {} pp {} zero {}", dp, tp, pp, stage); }
+};
+
+// A model of eight heads and eight blocks, eight sequences a step.
+class Tiny {
+ public:
+  explicit Tiny(const Factors& f) {
+    recipe_ = {.length = 3, .tied = true, .layers = 8, .tp = f.tp, .zero_stage = f.stage};
+    recipe_.pp = f.pp;
+    options_ = testing::Options(recipe_);
+    ModelConfig& m = options_.model;
+    m.d_model = m.heads = m.kv_heads = 8;
+    m.head_dim = 2;
+    m.mlp = 9;
+    m.vocab = 17;
+  }
+  const TrainingOptions& options() const { return options_; }
+  // The loss of step s.
+  double Run(TrainingStep& step, int s) const {
+    constexpr int64_t kRows = 8;
+    const Communicator& data = step.mesh().axis(MeshAxis::kDp);
+    const int64_t share = kRows / data.size();
+    std::vector<int64_t> rows(static_cast<size_t>(share));
+    std::iota(rows.begin(), rows.end(), data.rank() * share);
+    return step.Run({{MakeBatch(s, rows, recipe_, options_.model.vocab)}}, recipe_.lr).loss;
+  }
+
+ private:
+  Recipe recipe_;
+  TrainingOptions options_;
+};
+
+// Whole tensors by name, of parameters and optimizer states.
+using Whole = std::map<std::string, std::vector<double>>;
+
+// Calls f(range, values) for each range of an entry's whole tensor that is here.
+template <class F>
+void ForEachRange(const StateEntry& entry, const F& f) {
+  for (const Range& r : RangesOf(PieceOf(entry))) f(r, entry.tensor.view().as<double>() + r.local);
+}
+
+// Every save of all factorisations of 1, 2, 4 and 8 ranks, read by every one of them: tensors are
+// the same to the bit, and losses go on as on one rank.
+TEST(LongReshard, EveryFactorisationFromEveryOther) {
+  constexpr int kSteps = 2;  // before, and after
+  std::vector<Factors> all;
+  for (const int ranks : {1, 2, 4, 8})
+    for (int tp = 1; tp <= ranks; tp *= 2)
+      for (int pp = 1; tp * pp <= ranks; pp *= 2)
+        for (int stage = 0; stage <= 3; ++stage) all.push_back({ranks / tp / pp, tp, pp, stage});
+  ASSERT_EQ(all.size(), 80u);
+  const fs::path root = fs::temp_directory_path() / fmt::format("shoal_reshard_all_{}", getpid());
+  std::vector<double> losses;
+  std::vector<Whole> wholes(all.size());
+  std::vector<std::string> saves(all.size());
+  for (size_t a = 0; a < all.size(); ++a) {
+    const fs::path directory = root / std::to_string(a);
+    fs::create_directories(directory);
+    std::mutex mutex;
+    RunThreadRanks(all[a].ranks(), 1, [&](Communicator& c) {
+      const Tiny tiny(all[a]);
+      TrainingStep step(tiny.options(), c);
+      for (int s = 0; s < kSteps; ++s) {
+        const double loss = tiny.Run(step, s);
+        if (c.rank() == 0 && a == 0) losses.push_back(loss);
+      }
+      const StateDict state = step.State(true);
+      {
+        const std::lock_guard lock(mutex);
+        for (const StateEntry& entry : state) {
+          std::vector<double>& whole = wholes[a][entry.name];
+          whole.resize(static_cast<size_t>(entry.global_shape.numel()), NAN);
+          ForEachRange(entry, [&](const Range& r, const double* values) {
+            std::copy_n(values, r.count, whole.begin() + r.global);
+          });
+        }
+      }
+      if (c.rank() == 0) BeginSave(directory, kSteps);
+      c.Barrier();
+      const auto parts = c.AllGatherStrings(WritePart(directory, kSteps, c.rank(), state));
+      if (c.rank() == 0) saves[a] = CommitSave(directory, {kSteps, 0, "", ""}, parts);
+      for (int s = kSteps; s < 2 * kSteps && a == 0; ++s) losses.push_back(tiny.Run(step, s));
+    });
+    // Nothing is missing, and the optimizer's moments are there and have moved.
+    int64_t moments = 0, moved = 0;
+    for (const auto& [name, values] : wholes[a]) {
+      EXPECT_TRUE(
+          std::none_of(values.begin(), values.end(), [](double v) { return std::isnan(v); }))
+          << all[a].name() << ": " << name;
+      if (!name.starts_with("optim/")) continue;
+      moments += std::ssize(values);
+      moved += std::count_if(values.begin(), values.end(), [](double v) { return v != 0; });
+    }
+    EXPECT_GT(moved, moments * 9 / 10) << all[a].name();
+    EXPECT_EQ(wholes[a].size(), wholes[0].size());
+  }
+  ASSERT_EQ(losses.size(), 2u * kSteps);
+  std::atomic<int> read = 0;
+  for (const Factors& b : all) {
+    RunThreadRanks(b.ranks(), 1, [&](Communicator& c) {
+      const Tiny tiny(b);
+      TrainingStep step(tiny.options(), c);
+      for (size_t a = 0; a < all.size(); ++a) {
+        const std::string what = b.name() + " from " + all[a].name();
+        LoadState(saves[a], step.State());
+        step.optimizer().set_step(kSteps);
+        step.optimizer().ShareValues();
+        bool same = true;
+        for (const StateEntry& entry : step.State()) {
+          const std::vector<double>& whole = wholes[a].at(entry.name);
+          ForEachRange(entry, [&](const Range& r, const double* values) {
+            same = same && std::equal(values, values + r.count, whole.begin() + r.global);
+          });
+        }
+        EXPECT_TRUE(same) << what;
+        for (int s = kSteps; s < 2 * kSteps; ++s) {
+          const double loss = tiny.Run(step, s), expected = losses[static_cast<size_t>(s)];
+          EXPECT_LT(std::abs(loss - expected) / expected, 1e-10) << what << ", step " << s;
+        }
+        if (c.rank() == 0) ++read;
+      }
+    });
+  }
+  EXPECT_EQ(read, 80 * 80);
+  fs::remove_all(root);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // `shoal torture` on a small run: nothing that this machine does to it loses anything.
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "tests/launch/program.h"
@@ -8,10 +9,13 @@ namespace {
 
 class ProgramTorture : public ProgramTest {
  protected:
+  // mpirun then waits no second between the two signals to ranks whose peer is dead.
+  static void EndAtOnce() { setenv("OMPI_MCA_odls_base_sigkill_timeout", "0", 1); }
+
   // Every trial must have been made, and passed.
   void ExpectPassed(const Settings& settings, const std::vector<std::string>& options,
                     const ProgramOptions& program = {}) {
-    ASSERT_EQ(Train(settings).exit_code, 0);
+    ASSERT_EQ(Train(settings, {"--local-ranks", "4"}).exit_code, 0);
     std::vector<std::string> words = {"torture", "run", "--json"};
     words.insert(words.end(), options.begin(), options.end());
     const ProgramResult result = Run(words, program);
@@ -29,7 +33,25 @@ class ProgramTorture : public ProgramTest {
   }
 };
 
-TEST_F(ProgramTorture, AFewKills) { ExpectPassed(Settings(), {"--kills", "5", "--flips", "100"}); }
+TEST_F(ProgramTorture, AFewKills) {
+  ExpectPassed(Settings(), {"--kills", "5", "--flips", "100"}, {.seconds = 120});
+}
+
+// Rank 0, any one, all.
+TEST_F(ProgramTorture, AFewKillsOfProcesses) {
+  if (!WhyNoMpi().empty()) GTEST_SKIP() << WhyNoMpi();
+  EndAtOnce();
+  ExpectPassed(Settings(), {"--kills", "3", "--flips", "10", "--ranks", "2"}, {.seconds = 120});
+}
+
+TEST_F(ProgramTorture, OfTooFewRanks) {
+  Settings settings;
+  settings.Set("mesh.tp", "2").Set("run.steps", "1");
+  ASSERT_EQ(Train(settings, {"--local-ranks", "2"}).exit_code, 0);
+  ExpectOneBlock(Run({"torture", "run"}), 2, {"1 rank", "tp 2", "start 2", "--local-ranks"});
+  ExpectOneBlock(Run({"torture", "run", "--ranks", "2", "--local-ranks", "2"}), 2,
+                 {"use one of the two"});
+}
 
 TEST_F(ProgramTorture, OfWhatIsNoRun) {
   ExpectOneBlock(Run({"torture", "nothing"}), 73, {"nothing does not exist"});
@@ -50,6 +72,15 @@ TEST_F(LongTorture, FourRanks) {
   settings.Set("zero.stage", "3").Set("model.family", "\"gpt2\"").Set("model.dropout", "0.1");
   ExpectPassed(settings, {"--kills", "200", "--flips", "1000", "--local-ranks", "4", "--seed", "2"},
                {.seconds = 900});
+}
+
+TEST_F(LongTorture, FourProcesses) {
+  if (!WhyNoMpi().empty()) GTEST_SKIP() << WhyNoMpi();
+  EndAtOnce();
+  Settings settings;
+  settings.Set("mesh.tp", "2").Set("zero.stage", "2");
+  ExpectPassed(settings, {"--kills", "200", "--flips", "100", "--ranks", "4", "--seed", "3"},
+               {.seconds = 1700});
 }
 
 }  // namespace
