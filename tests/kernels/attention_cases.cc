@@ -21,12 +21,47 @@ struct Setup {
   // Backward as over a part of the keys: out and lse are those of a larger sum. Where a query sees
   // one key, dq and dk would otherwise be zero but for rounding.
   bool partial = false;
+  double dropout = 0;
+  int64_t first_head = 0, q_begin = 0, q_step = 1, k_begin = 0, k_step = 1;  // of dropout
 
   AttentionOptions options() const {
-    return {scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(head_dim)), causal, window,
-            offset};
+    AttentionOptions o{scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(head_dim)), causal,
+                       window, offset};
+    o.dropout = {.p = dropout,
+                 .key = {77, 0x123456789abcdef},
+                 .first_head = first_head,
+                 .q_begin = q_begin,
+                 .q_step = q_step,
+                 .k_begin = k_begin,
+                 .k_step = k_step};
+    return o;
   }
 };
+
+// The number of sequence b's token 0.
+int64_t Start(int64_t b) { return b % 2 == 0 ? 1000 * b + 3 : (int64_t{1} << 33) - 50; }
+Arg Starts(int64_t batch) {
+  std::vector<double> starts = {0};
+  for (int64_t b = 0; b < batch; ++b)
+    starts.resize(b + 1), starts[b] = static_cast<double>(Start(b));
+  return In(DType::kI64, {batch}).Values(starts);
+}
+AttentionOptions With(AttentionOptions o, const View& starts) {
+  o.dropout.sequence_starts = starts;
+  return o;
+}
+
+// What dropout multiplies the probability of query i and key j by.
+double DropoutFactor(const AttentionDropout& o, int64_t b, int64_t n, int64_t i, int64_t j) {
+  if (o.p == 0) return 1;
+  const Philox4 head = Philox(o.key, o.first_head + n);
+  const uint64_t seed = head.v[0] + (static_cast<uint64_t>(head.v[1]) << 32);
+  const int64_t query = Start(b) + o.q_begin + i * o.q_step, key = o.k_begin + j * o.k_step;
+  const Philox4 words = Philox({seed, static_cast<uint64_t>(key / 8)}, query);
+  const uint32_t word = words.v[key % 8 / 2], half = key % 2 == 0 ? word & 0xffff : word >> 16;
+  const double p = std::clamp(std::round(o.p * 65536), 1.0, 65535.0) / 65536;
+  return half / 65536.0 >= p ? 1 / (1 - p) : 0;
+}
 
 // Where an argument [B, T, N, H] lies: as it is, cut out of a packed projection, or [B, N, T, H].
 Arg Laid(Setup::Layout layout, Arg arg) {
@@ -39,8 +74,9 @@ Arg Laid(Setup::Layout layout, Arg arg) {
   return arg;
 }
 
-// The definition, in double. probability(b, n, i, j, p) is called for each key that a query sees,
-// with p = exp(score - lse); `lse` is read if it is known and written otherwise.
+// The definition, in double. probability(b, n, i, j, p, factor) is called for each key that a query
+// sees, with p = exp(score - lse) and dropout's factor; `lse` is read if it is known and written
+// otherwise.
 template <class F>
 void Definition(const AttentionOptions& o, const Array& q, const Array& k, const Array& q_document,
                 const Array& k_document, Array& lse, bool lse_known, F probability) {
@@ -72,7 +108,8 @@ void Definition(const AttentionOptions& o, const Array& q, const Array& k, const
           l = std::isinf(top) ? top : top + std::log(sum);
         }
         for (int64_t j = 0; j < keys; ++j)
-          if (!std::isinf(scores[j])) probability(b, n, i, j, std::exp(scores[j] - l));
+          if (!std::isinf(scores[j]))
+            probability(b, n, i, j, std::exp(scores[j] - l), DropoutFactor(o.dropout, b, n, i, j));
       }
     }
   }
@@ -92,14 +129,14 @@ void ForwardDefinition(const AttentionOptions& o, Array& out, Array& lse, const 
   out.v.assign(out.numel(), 0);
   const int64_t heads = q.dim(2), dim = q.dim(3);
   Definition(o, q, k, q_document, k_document, lse, false,
-             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
+             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p, double factor) {
                double* to = Row(out, b, i, n, heads);
                const double* from = Row(v, b, j, n, heads);
-               for (int64_t h = 0; h < dim; ++h) to[h] += p * from[h];
+               for (int64_t h = 0; h < dim; ++h) to[h] += p * factor * from[h];
              });
 }
 
-enum Argument { kDq, kDk, kDv, kDout, kQ, kK, kV, kOutput, kLse, kQDocument, kKDocument };
+enum Argument { kDq, kDk, kDv, kDout, kQ, kK, kV, kOutput, kLse, kQDocument, kKDocument, kStarts };
 
 // delta(b, n, i) = the sum of dout out.
 void DeltaDefinition(Array& delta, const Array& dout, const Array& out) {
@@ -119,18 +156,18 @@ void AddGradients(const AttentionOptions& o, Array& dq, Array& dk, Array& dv, co
                   const Array& q_document, const Array& k_document) {
   const int64_t heads = q.dim(2), dim = q.dim(3);
   Definition(o, q, k, q_document, k_document, lse, true,
-             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
+             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p, double factor) {
                const double *dy = Row(dout, b, i, n, heads), *x = Row(q, b, i, n, heads);
                const double *y = Row(k, b, j, n, heads), *z = Row(v, b, j, n, heads);
                double dp = 0;
                for (int64_t h = 0; h < dim; ++h) dp += dy[h] * z[h];
-               const double ds = p * (dp - delta(b, n, i)) * o.scale;
+               const double ds = p * (factor * dp - delta(b, n, i)) * o.scale;
                double *to_q = Row(dq, b, i, n, heads), *to_k = Row(dk, b, j, n, heads),
                       *to_v = Row(dv, b, j, n, heads);
                for (int64_t h = 0; h < dim; ++h) {
                  to_q[h] += ds * y[h];
                  to_k[h] += ds * x[h];
-                 to_v[h] += p * dy[h];
+                 to_v[h] += p * factor * dy[h];
                }
              });
 }
@@ -159,9 +196,10 @@ Case ForwardCase(DType t, const Setup& s, bool wide = false) {
             Laid(s.layout, In(t, k)).Range(-s.range, s.range),
             Laid(s.layout, In(t, k)),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
-    Attention(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], o);
+    Attention(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], With(o, a[7]));
   };
   c.reference = [o](Arrays& a) { ForwardDefinition(o, a[0], a[1], a[2], a[3], a[4], a[5], a[6]); };
   c.tolerance = s.tolerance;
@@ -183,10 +221,11 @@ Case BackwardCase(DType t, const Setup& s) {
             Laid(s.layout, In(t, q)),
             In(AccumulatorDType(t), {s.batch, s.heads, s.queries}),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
     AttentionBackward(stream, a[kDq], a[kDk], a[kDv], a[kDout], a[kQ], a[kK], a[kV], a[kOutput],
-                      a[kLse], a[kQDocument], a[kKDocument], o);
+                      a[kLse], a[kQDocument], a[kKDocument], With(o, a[kStarts]));
   };
   c.prepare = [o, partial = s.partial](Arrays& a) {
     const Array out = a[kOutput];
@@ -227,10 +266,11 @@ Case TileCase(DType t, const Setup& s) {
             In(wide, statistics),
             In(wide, statistics),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
     AttentionBackwardTile(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
-                          o);
+                          With(o, a[11]));
   };
   c.prepare = [o](Arrays& a) {
     Array out = a[4];
@@ -397,6 +437,52 @@ std::vector<Setup> Setups() {
                  .q_document = Lengths({1, 4, 3}),
                  .k_document = Lengths({2, 3, 3}),
                  .gradient = true});
+  const std::vector<Setup> dropped = {
+      {.name = "97x97", .queries = 97, .keys = 97},
+      {.name = "1x300", .queries = 1, .keys = 300, .heads = 8, .kv_heads = 2, .offset = 299},
+      {.name = "5x300", .queries = 5, .keys = 300, .heads = 8, .kv_heads = 2, .causal = false},
+      {.name = "200x420",
+       .queries = 100,
+       .keys = 210,
+       .head_dim = 80,
+       .offset = 110,
+       .q_begin = 110},
+      {.name = "last_head",
+       .batch = 3,
+       .heads = 3,
+       .kv_heads = 3,
+       .head_dim = 20,
+       .first_head = 61},
+      {.name = "packed", .batch = 2, .queries = 50, .keys = 50, .layout = Setup::kPacked},
+      {.name = "apart", .causal = false, .q_begin = 1 << 20, .k_begin = 13},
+      {.name = "striped3", .q_begin = 2, .q_step = 3, .k_begin = 1, .k_step = 3},
+      {.name = "striped8", .causal = false, .q_begin = 5, .q_step = 8, .k_begin = 7, .k_step = 8},
+      {.name = "window", .queries = 250, .keys = 230, .window = 70, .offset = 33},
+      {.name = "documents",
+       .batch = 2,
+       .queries = 250,
+       .keys = 250,
+       .q_document = packed,
+       .k_document = packed},
+      {.name = "all_masked", .queries = 100, .keys = 400, .offset = -100},
+      {.name = "no_keys", .keys = 0},
+      {.name = "gradient",
+       .batch = 2,
+       .queries = 5,
+       .keys = 7,
+       .heads = 4,
+       .kv_heads = 2,
+       .head_dim = 3,
+       .offset = 1,
+       .gradient = true},
+  };
+  for (double p : {0.3, 1e-9, 1 - 1e-9})
+    for (Setup s : dropped) {
+      if (p != 0.3 && s.name != "packed") continue;
+      s.name = fmt::format("dropout{}/{}", p, s.name);
+      s.dropout = p;
+      all.push_back(s);
+    }
   for (Setup& s : all) s.partial = s.keys == 1 || s.window == 1 || s.offset == -64 || s.range > 1;
   return all;
 }
