@@ -97,6 +97,10 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(model, tied, "the head uses the embedding's weights")
           .LeftOut("the preset's, or true for gpt2, false for llama"),
       KEY(model, dropout, "probability in training").Below(0, 1).LeftOut("the preset's, or 0"),
+      KEY(model, attention_dropout,
+          "probability in training of dropping an attention weight, a multiple of 2^-16")
+          .Below(0, 1)
+          .LeftOut("the preset's, or 0"),
       KEY(model, rope_theta, "base of RoPE's wavelengths (llama)")
           .In(1, kNoLimit)
           .LeftOut("the preset's, or 10000"),

@@ -31,6 +31,13 @@ bool Poisoned(std::span<const Batch> batches) {
   });
 }
 
+std::vector<int64_t> StartsOf(const Batch& batch) {
+  std::vector<int64_t> starts = batch.sequence_starts;
+  for (int64_t b = std::ssize(starts); b < batch.count; ++b)
+    starts.push_back(batch.token_numbers[static_cast<size_t>(b * batch.length)]);
+  return starts;
+}
+
 MeshShape Filled(MeshShape shape, int ranks) {
   if (shape.dp == 0) shape.dp = ranks / (shape.tp * shape.pp * shape.cp);
   return shape;
@@ -223,6 +230,7 @@ Batch TrainingStep::Mine(const Batch& batch) const {
   cut(batch.positions, mine.positions);
   cut(batch.documents, mine.documents);
   cut(batch.token_numbers, mine.token_numbers);
+  mine.sequence_starts = StartsOf(batch);
   mine.labelled = std::count_if(mine.labels.begin(), mine.labels.end(),
                                 [](int32_t label) { return label != kIgnoredLabel; });
   return mine;
@@ -240,6 +248,8 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   info.positions = of_replica(Tensor::From(batch.positions, shape));
   if (documents_) info.documents = of_replica(Tensor::From(batch.documents, shape));
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
+  if (training && options_.model.attention_dropout > 0)
+    info.sequence_starts = Tensor::From(StartsOf(batch), {batch.count});
   info.seed = options_.seed;
   info.training = training;
   tokens_ = batch.count * batch.length;

@@ -141,6 +141,9 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
   };
   const auto rows = std::ranges::find_if_not(all, is(SequencePayload::kHeads));
   const auto back = std::ranges::find_if(rows, all.end(), is(SequencePayload::kHeadsResult));
+  // The first head here is the share's.
+  SequencePassOptions of_share = options;
+  of_share.dropout.first_head += schedule.Share(rank).begin;
   SequenceArrays share;
   using A = SequenceArrays;
   constexpr std::pair<Tensor A::*, Tensor A::*> kKept[] = {{&A::q, &A::head_q},
@@ -149,16 +152,16 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
                                                            {&A::out, &A::head_out},
                                                            {&A::lse, &A::head_lse}};
   if (schedule.pass == SequencePass::kBackward)
-    for (const auto& [of_share, head] : kKept) share.*of_share = x.*head;
+    for (const auto& [array, head] : kKept) share.*array = x.*head;
   const auto exchange = [&](SequencePayload payload, SequencePassBase::Actions actions) {
     MakeHeadsExchange(schedule, options, wire, rank, actions, payload, x, share)->Run();
   };
   exchange(SequencePayload::kHeads, {all.begin(), rows});
   // dK and dV of several shares are rounded as a sum.
-  MakeRowsPass(schedule, options, wire, schedule.GroupOf(rank), {rows, back}, false, share)->Run();
+  MakeRowsPass(schedule, of_share, wire, schedule.GroupOf(rank), {rows, back}, false, share)->Run();
   exchange(SequencePayload::kHeadsResult, {back, all.end()});
   if (schedule.pass == SequencePass::kForward)
-    for (const auto& [of_share, head] : kKept) x.*head = share.*of_share;
+    for (const auto& [array, head] : kKept) x.*head = share.*array;
 }
 
 }  // namespace

@@ -132,6 +132,19 @@ TEST(Ops, AttentionWithinDocuments) {
        RandomTensor({1, 6, 2, 4}, 3)});
 }
 
+TEST(Ops, AttentionWithDropout) {
+  kernels::AttentionOptions options;
+  options.scale = 0.7;
+  options.dropout = {.p = 0.4, .key = {1, 2}};
+  const Tensor starts = Tensor::From(std::vector<int64_t>{3, 100}, {2});
+  CheckGradients(
+      [&](const Inputs& x) {
+        return ops::Attention(x[0], x[1], x[2], {}, {}, options, starts).out;
+      },
+      {RandomTensor({2, 9, 4, 6}, 1), RandomTensor({2, 9, 2, 6}, 2),
+       RandomTensor({2, 9, 2, 6}, 3)});
+}
+
 TEST(Ops, Embedding) {
   const Tensor ids = Tensor::From(std::vector<int32_t>{3, 0, 3, 1}, {2, 2});
   CheckGradients([&](const Inputs& x) { return ops::Embedding(x[0], ids); },

@@ -26,7 +26,7 @@ struct Recipe {
   int64_t length = 5;  // odd
   int steps = kSteps;
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
-  double dropout = 0;
+  double dropout = 0, attention_dropout = 0;
   int layers = 2;
   int64_t heads = 0;  // 0: the model's own
   int tp = 1, zero_stage = 0;
@@ -74,6 +74,7 @@ inline ModelConfig Model(const Recipe& recipe) {
   if (recipe.gqa) c.kv_heads = 3;
   if (recipe.tied) c.tied = true;
   if (recipe.dropout > 0) c.dropout = recipe.dropout;
+  c.attention_dropout = recipe.attention_dropout;
   return c;
 }
 
