@@ -110,6 +110,7 @@ struct MemoryConfig {
   std::string offload_activations = "none";
   std::string compress_activations = "none";
   bool partition_activations = false;
+  int64_t mlp_chunk_rows = 0;  // 0: all
   bool operator==(const MemoryConfig&) const = default;
 };
 

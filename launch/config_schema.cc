@@ -194,6 +194,11 @@ std::vector<ConfigKey> BuildSchema() {
           "what backward needs is kept in fewer bits: in bf16, or in 8 bits with a scale for each "
           "64 values. Gradients are those of the rounded activations")
           .OneOf({"none", "bf16", "int8"}),
+      KEY(memory, mlp_chunk_rows,
+          "tokens that a block's MLP computes at a time, and again in backward, which keeps "
+          "nothing "
+          "of its width; 0: all at once")
+          .In(0, kSize),
 
       KEY(method, name, "which weights are trained, and how")
           .OneOf({"full", "lora", "sltrain", "peqa", "l4q"}),

@@ -12,6 +12,7 @@
 
 #include "core/base/mutation.h"
 #include "core/init.h"
+#include "memory/chunked_mlp.h"
 #include "memory/offload_activations.h"
 #include "memory/recompute.h"
 #include "optim/clip.h"
@@ -113,6 +114,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     sequence_ = ApplySequenceParallel(*model_, options.sequence, mesh_.axis(MeshAxis::kCp));
     sequence_->set_profile(profile_);
   }
+  if (options.mlp_chunk_rows > 0) ChunkMlps();
   TieHead();
   if (!options.activations_dir.empty())
     keep_ =
@@ -125,7 +127,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     for (int i = 0; i < std::min(full + selective, static_cast<int>(blocks.size())); ++i) {
       Module& block = *blocks[static_cast<size_t>(i)];
       if (i < full)
-        ApplyRecompute(block, [this] { return [this, n = tokens_] { begin_(n); }; });
+        ApplyRecompute(block, [this] { return [this, n = tokens_] { begin_(tokens_ = n); }; });
       else
         ApplySelectiveRecompute(block);
     }
@@ -150,6 +152,25 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
             return static_cast<int>(chunk);
         SHOAL_FAIL(ErrorKind::kBug, p.name(), "belongs to no stage of this rank");
       });
+}
+
+void TrainingStep::ChunkMlps() {
+  RowShares shares;
+  if (const Communicator& tp = mesh_.axis(MeshAxis::kTp);
+      options_.sequence_parallel && tp.size() > 1) {
+    shares.ranks = tp.size();
+    shares.all = [this] { return tokens_; };
+    shares.mine = [&tp](int64_t rows) {
+      return ShardBegin(rows, tp.rank() + 1, tp.size()) - ShardBegin(rows, tp.rank(), tp.size());
+    };
+    shares.announce = begin_;
+  }
+  std::vector<std::string> mlps;
+  model_->Walk([&](const std::string& path, Module&) {
+    if (path.starts_with("blocks.") && path.ends_with(".mlp")) mlps.push_back(path);
+  });
+  for (const std::string& path : mlps)
+    ApplyChunkedMlp(*model_, path, options_.mlp_chunk_rows, shares);
 }
 
 // A tied weight on two ranks: its gradient is summed over them, and the first one counts.

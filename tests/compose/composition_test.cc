@@ -97,6 +97,7 @@ const std::vector<Feature>& Features() {
       {"documents", [](Cell& c) { c.recipe.documents = true; }},
       {"dropout", [](Cell& c) { c.recipe.dropout = 0.2; }},
       {"attention dropout", [](Cell& c) { c.recipe.attention_dropout = 0.2; }},
+      {"chunked mlp", [](Cell& c) { c.recipe.mlp_chunk_rows = 17; }},
       {"sgd", [](Cell& c) { c.recipe.optimizer = "sgd"; }},
   };
   return features;

@@ -416,6 +416,15 @@ const CaseFile kCases([](std::vector<Case>& cases) {
                      .kv_heads = 12,
                      .head_dim = 64});
     AddBenchmarks(cases, t,
+                  {.name = "bench/4x1024x12x64/dropout",
+                   .batch = 4,
+                   .queries = 1024,
+                   .keys = 1024,
+                   .heads = 12,
+                   .kv_heads = 12,
+                   .head_dim = 64,
+                   .dropout = 0.1});
+    AddBenchmarks(cases, t,
                   {.name = "bench/1x2048x32_8x128",
                    .queries = 2048,
                    .keys = 2048,

@@ -36,6 +36,7 @@ struct Recipe {
   bool in_backward = false, unclipped = false;
   ActivationFormat compress = ActivationFormat::kOwn;
   bool recompute = false, selective = false, partition_activations = false;
+  int64_t mlp_chunk_rows = 0;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
   int ulysses = 0;  // of hybrid
@@ -121,6 +122,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   if (recipe.recompute || recipe.selective)
     options.recompute = RecomputeEvery(recipe.recompute, options);
   options.partition_activations = recipe.partition_activations;
+  options.mlp_chunk_rows = recipe.mlp_chunk_rows;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
@@ -199,7 +201,10 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   recipe.zero_stage = recipe.shard_ranks = 0;
   recipe.sequence_parallel = recipe.partition_activations = false;
   // What is kept is what is rounded.
-  if (recipe.compress == ActivationFormat::kOwn) recipe.recompute = false;
+  if (recipe.compress == ActivationFormat::kOwn) {
+    recipe.recompute = false;
+    recipe.mlp_chunk_rows = 0;
+  }
   recipe.pp = recipe.virtual_stages = recipe.cp = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();
