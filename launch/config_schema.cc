@@ -195,9 +195,7 @@ std::vector<ConfigKey> BuildSchema() {
           "64 values. Gradients are those of the rounded activations")
           .OneOf({"none", "bf16", "int8"}),
       KEY(memory, mlp_chunk_rows,
-          "tokens that a block's MLP computes at a time, and again in backward, which keeps "
-          "nothing "
-          "of its width; 0: all at once")
+          "tokens that a block's MLP computes at a time, and again in backward; 0: all, once")
           .In(0, kSize),
 
       KEY(method, name, "which weights are trained, and how")

@@ -59,6 +59,7 @@ AttentionProblem MakeProblem(const char* op, const View& lse, const View& q, con
   if (a.drops()) {
     CheckShape(op, "sequence_starts", dropout.sequence_starts, {a.batch});
     CheckDType(op, "sequence_starts", dropout.sequence_starts, DType::kI64);
+    CheckPresent(op, "sequence_starts", dropout.sequence_starts);
   }
   return a;
 }

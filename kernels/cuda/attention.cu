@@ -50,6 +50,7 @@ AttentionProblem MakeProblem(const char* op, const View& q, const View& k, const
   if (dropout.p > 0) {
     CheckShape(op, "sequence_starts", dropout.sequence_starts, {q.dim(0)});
     CheckDType(op, "sequence_starts", dropout.sequence_starts, DType::kI64);
+    CheckPresent(op, "sequence_starts", dropout.sequence_starts);
     problem.keep = {dropout.key,
                     dropout.sequence_starts.as<int64_t>(),
                     dropout.sequence_starts.strides[0],
