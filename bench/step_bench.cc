@@ -64,7 +64,7 @@ int Measure(const Options& o, Communicator& communicator) {
   training.model.attention_dropout = o.attention_dropout;
   training.mlp_chunk_rows = o.mlp_chunk_rows;
   training.compute = ComputeDType(config);
-  training.gradients = o.micro_batches * communicator.size() > 1 || o.mlp_chunk_rows > 0
+  training.gradients = o.micro_batches * communicator.size() > 1
                            ? AccumulatorDType(training.compute)
                            : training.compute;
   training.rule.weight_decay = 0.1;

@@ -63,8 +63,8 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   options.compute = ComputeDType(config);
   // Shares of a gradient that are added up, over micro-batches or ranks, are held and exchanged in
   // f32. One pass on one rank is a single product per weight, accumulated in f32 inside, and may be
-  // stored rounded; chunks of an MLP are several.
-  const bool shares = plan.micro_batches * plan.dp > 1 || config.memory.mlp_chunk_rows > 0;
+  // stored rounded.
+  const bool shares = plan.micro_batches * plan.dp > 1;
   options.gradients = shares ? AccumulatorDType(options.compute) : options.compute;
   if (config.precision.gradients == "fp32" && options.compute == DType::kBF16)
     options.gradients = DType::kF32;

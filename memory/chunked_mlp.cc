@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/placement_rules.h"
+#include "kernels/elementwise.h"
 
 namespace shoal {
 namespace {
@@ -54,6 +55,61 @@ Placement ResultPlacement(const Tensor& in, const Tensor& chunk) {
   return placement;
 }
 
+// While it lives, chunks of this pass add to gradients of their own that are as wide as sums, where
+// the parameters' are not.
+class WideGradients {
+ public:
+  explicit WideGradients(const std::vector<std::shared_ptr<Parameter>>& parameters) {
+    for (const auto& p : parameters) {
+      Leaf& leaf = p->leaf();
+      own_.push_back({&leaf, leaf.grad, leaf.grad_dtype, leaf.memory_class});
+      const DType wide = AccumulatorDType(leaf.grad_dtype);
+      if (wide == leaf.grad_dtype) continue;
+      leaf.grad = Tensor();
+      leaf.grad_dtype = wide;
+      leaf.memory_class = MemoryClass::kWorkspace;
+    }
+  }
+  ~WideGradients() {
+    for (Own& own : own_) Restore(own);
+  }
+  WideGradients(const WideGradients&) = delete;
+  WideGradients& operator=(const WideGradients&) = delete;
+
+  // The sums, rounded, to the node's inputs from `first` on.
+  void Give(GradContext& context, int first) {
+    for (Own& own : own_) {
+      const int input = first++;
+      if (own.leaf->grad_dtype == own.dtype) continue;
+      const Tensor sum = own.leaf->grad;
+      Restore(own);
+      if (!sum.defined() || !context.Needs(input)) continue;
+      const auto [to, accumulate] = context.Sink(input);
+      if (accumulate)
+        kernels::Add(ExecutionContext::Current().stream(), to.view(), to.view(),
+                     sum.To(to.dtype()).view(), 1, 1);
+      else
+        to.CopyFrom(sum);
+    }
+  }
+
+ private:
+  struct Own {
+    Leaf* leaf;
+    Tensor grad;
+    DType dtype;
+    MemoryClass memory_class;
+  };
+  static void Restore(Own& own) {
+    if (own.leaf->grad_dtype == own.dtype) return;
+    own.leaf->grad = std::move(own.grad);
+    own.leaf->grad_dtype = own.dtype;
+    own.leaf->memory_class = own.memory_class;
+  }
+
+  std::vector<Own> own_;
+};
+
 class ChunkedForward {
  public:
   ChunkedForward(std::vector<std::shared_ptr<Parameter>> parameters, int64_t rows, RowShares shares)
@@ -93,6 +149,7 @@ class ChunkedForward {
           const Tensor dout =
               context.grad().contiguous() ? context.TakeGrad() : context.TakeGrad().Clone();
           const Tensor dx = wants ? Tensor::Full(x.shape(), x.dtype(), 0) : Tensor();
+          WideGradients sums(parameters_);
           for (const Chunk& chunk : chunks) {
             Announce(chunk.all);
             Tensor again =
@@ -102,6 +159,7 @@ class ChunkedForward {
             Backward(std::exchange(again, {}), AsRows(dout).Narrowed(0, chunk.begin, chunk.count));
           }
           Announce(all);
+          sums.Give(context, 1);
           if (wants) context.Give(0, dx);
         },
         options);

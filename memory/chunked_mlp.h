@@ -17,9 +17,9 @@ struct RowShares {
 };
 
 // The UnaryModule at `path`, whose rows must not depend on each other. `rows`: of a rank, at a
-// time. After the transforms that replace its modules. Shares of a weight's gradient add up over
-// chunks in the gradient's dtype, which should be as wide as sums. Where a backward is split
-// (zero-bubble pipelines) the module's weights get their gradients in its first half.
+// time. After the transforms that replace its modules. A weight's gradient is as wide as sums while
+// chunks add to it, and rounded once. Where a backward is split (zero-bubble pipelines) the
+// module's weights get their gradients in its first half.
 void ApplyChunkedMlp(Module& root, const std::string& path, int64_t rows,
                      const RowShares& shares = {});
 

@@ -1,11 +1,13 @@
 // MLPs over chunks of rows: the same numbers on any layout, and memory of the chunk's size.
+#include "memory/chunked_mlp.h"
+
 #include <gtest/gtest.h>
 
 #include <mutex>
 
 #include "core/context.h"
+#include "core/init.h"
 #include "launch/dry_run.h"
-#include "launch/session.h"
 #include "tests/launch/parity.h"
 
 namespace shoal {
@@ -148,17 +150,53 @@ TEST(ChunkedMlp, TakesWhatIsPlanned) {
   }
 }
 
-// Shares of a gradient add up over chunks: not in bf16, even where there is one pass on one rank.
-TEST(ChunkedMlp, GradientsAreAsWideAsSums) {
-  const auto gradients = [](const std::string& setting) {
-    const Config config = ParseConfig(
-        "[run]\ndir = \"r\"\nsteps = 1\n[model]\npreset = \"llama-60m\"\n[data]\npath = \"t\"\n"
-        "sequence_length = 8\n[batch]\nsequences = 1\n[optim]\nname = \"adamw\"\nlr = 1e-3\n",
-        "c.toml", {"precision.compute=bf16", setting});
-    return MakeTrainingOptions(config, CheckBatch(config, 1)).gradients;
-  };
-  EXPECT_EQ(gradients("memory.mlp_chunk_rows=0"), DType::kBF16);
-  EXPECT_EQ(gradients("memory.mlp_chunk_rows=4"), DType::kF32);
+// In bf16, chunk by chunk: rounded once, as by a single product. A rounding for each of these
+// chunks would add up to several times that.
+TEST(ChunkedMlp, GradientsAreRoundedOnce) {
+  constexpr int64_t kRows = 512;
+  for (const char* family : {"llama", "gpt2"}) {
+    const ModelConfig c = Model({.model = family});
+    const auto gradients = [&](DType dtype, int64_t chunk) {
+      const auto model = BuildModel(c);
+      MaterializeParameters(*model, DType::kBF16, 3);
+      UnaryModule* mlp = nullptr;
+      model->Walk([&](const std::string& path, Module& m) {
+        if (path == "blocks.0.mlp") mlp = dynamic_cast<UnaryModule*>(&m);
+      });
+      const auto parameters = model->Parameters();
+      for (const auto& p : parameters) p->leaf().grad_dtype = dtype;
+      if (chunk > 0) ApplyChunkedMlp(*model, "blocks.0.mlp", chunk);
+      std::mt19937 random(1);
+      std::normal_distribution<float> normal;
+      const auto draw = [&] {
+        std::vector<float> values(static_cast<size_t>(kRows * c.d_model));
+        for (float& v : values) v = normal(random);
+        return Tensor::From(values, {kRows, c.d_model}).To(DType::kBF16);
+      };
+      const Tensor x = draw(), dy = draw();
+      // Twice, as micro-batches do.
+      for (int pass = 0; pass < 2; ++pass) Backward((*mlp)(x), dy);
+      std::vector<double> all;
+      for (const auto& p : parameters) {
+        if (!p->leaf().grad.defined()) continue;
+        EXPECT_EQ(p->leaf().grad.dtype(), dtype);
+        const std::vector<double> values = p->leaf().grad.ToVector();
+        all.insert(all.end(), values.begin(), values.end());
+      }
+      return all;
+    };
+    const std::vector<double> exact = gradients(DType::kF32, 0);
+    for (const int64_t chunk : {0, 1, 100}) {
+      const std::vector<double> rounded = gradients(DType::kBF16, chunk);
+      ASSERT_EQ(rounded.size(), exact.size());
+      double off = 0, norm = 0;
+      for (size_t i = 0; i < exact.size(); ++i) {
+        off += (rounded[i] - exact[i]) * (rounded[i] - exact[i]);
+        norm += exact[i] * exact[i];
+      }
+      EXPECT_LT(std::sqrt(off / norm), 2.5e-3) << family << " " << chunk;
+    }
+  }
 }
 
 }  // namespace
