@@ -24,6 +24,8 @@ ONE_RANK = [
     ("as it is", "", None),
     ("recompute, selective", "--recompute selective", "as it is"),
     ("recompute, full", "--recompute full", "as it is"),
+    ("MLPs over chunks", "--mlp-chunk-rows 256", "as it is"),
+    ("recompute full, MLPs over chunks", "--recompute full --mlp-chunk-rows 256", "as it is"),
     ("activations in 8-bit blocks", "--compress int8", "as it is"),
     ("activations in a file", "--activations-dir {dir}", "as it is"),
     ("updates in backward", "--in-backward", "as it is"),

@@ -43,7 +43,8 @@ double GemmGflops(DType dtype) {
 struct Options {
   std::string model = "llama-60m", precision = "fp32", recompute = "none", activations_dir;
   std::string offload_dir, compress = "none";
-  int64_t batch = 4, length = 256, micro_batches = 1;
+  int64_t batch = 4, length = 256, micro_batches = 1, mlp_chunk_rows = 0;
+  double attention_dropout = 0;
   int threads = 0, steps = 10, warmup = 2, tp = 1, cp = 1, zero_stage = 0;
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
   bool in_backward = false, partition_activations = false;
@@ -60,6 +61,8 @@ int Measure(const Options& o, Communicator& communicator) {
   TrainingOptions training;
   training.model = *preset;
   training.model.context = std::max(preset->context, o.length);
+  training.model.attention_dropout = o.attention_dropout;
+  training.mlp_chunk_rows = o.mlp_chunk_rows;
   training.compute = ComputeDType(config);
   training.gradients = o.micro_batches * communicator.size() > 1
                            ? AccumulatorDType(training.compute)
@@ -146,6 +149,8 @@ int main(int argc, char** argv) {
   app.add_option("--cp", o.cp);
   app.add_option("--recompute", o.recompute)->check(CLI::IsMember({"none", "selective", "full"}));
   app.add_option("--activations-dir", o.activations_dir, "of a file for them");
+  app.add_option("--mlp-chunk-rows", o.mlp_chunk_rows, "0: all at once");
+  app.add_option("--attention-dropout", o.attention_dropout);
   app.add_flag("--partition-activations", o.partition_activations, "over tp");
   app.add_option("--offload-dir", o.offload_dir, "of a file for the optimizer's states");
   app.add_option("--bucket-bytes", o.bucket_bytes, "of gradients that are exchanged together");

@@ -59,12 +59,28 @@ Tensor Dropout::Forward(const Tensor& x, const SequenceInfo& info) {
   return ops::Dropout(x, info.token_numbers, p_, PhiloxKey{info.seed, stream_});
 }
 
+InnerAttention::InnerAttention(double dropout, const std::string& site) {
+  dropout_.p = dropout;
+  dropout_.key.stream = HashName(site);
+}
+
+kernels::AttentionDropout InnerAttention::DropoutIn(const SequenceInfo& info) const {
+  if (!info.training || dropout_.p == 0) return {};
+  SHOAL_CHECK(info.sequence_starts.defined(), "attention",
+              "dropout needs SequenceInfo::sequence_starts");
+  kernels::AttentionDropout dropout = dropout_;
+  dropout.key.seed = info.seed;
+  dropout.sequence_starts = info.sequence_starts.view();
+  return dropout;
+}
+
 Tensor InnerAttention::Forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                const SequenceInfo& info) {
   kernels::AttentionOptions options;
   options.scale = 1 / std::sqrt(static_cast<double>(q.dim(-1)));
   options.query_offset = k.dim(1) - q.dim(1);
-  return ops::Attention(q, k, v, info.documents, info.documents, options).out;
+  options.dropout = DropoutIn(info);
+  return ops::Attention(q, k, v, info.documents, info.documents, options, info.sequence_starts).out;
 }
 
 Tensor LmLoss::Forward(const Tensor& x, const Parameter& weight, const Tensor& labels,

@@ -7,6 +7,7 @@
 
 #include "core/module.h"
 #include "core/sequence_info.h"
+#include "kernels/attention.h"
 
 namespace shoal {
 
@@ -77,12 +78,27 @@ class Dropout : public Module {
   uint64_t stream_;
 };
 
-// Slot: softmax(q k^T) v. Sequence parallelism replaces it.
+// Slot: softmax(q k^T) v, in training with dropout of the probabilities. Sequence parallelism
+// replaces it.
 class InnerAttention : public Module {
  public:
+  InnerAttention() = default;
+  // `site` tells layers apart, as Dropout's.
+  InnerAttention(double dropout, const std::string& site);
+  explicit InnerAttention(const kernels::AttentionDropout& dropout) : dropout_(dropout) {}
   // q [B, T, N, H]; k, v [B, S, K, H] with S >= T: the last T keys are those of the queries.
   virtual Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
                          const SequenceInfo& info);
+  const kernels::AttentionDropout& dropout() const { return dropout_; }
+  // The model's number of q's head 0, where heads are shared out.
+  void set_first_head(int64_t head) { dropout_.first_head = head; }
+
+ protected:
+  // What acts in a forward with `info`, whose sequence_starts must be kept for backward.
+  kernels::AttentionDropout DropoutIn(const SequenceInfo& info) const;
+
+ private:
+  kernels::AttentionDropout dropout_;  // but for the seed and sequence_starts
 };
 
 // Slot: the head's logits and their cross-entropy. Vocabulary parallelism replaces it.

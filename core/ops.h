@@ -45,10 +45,11 @@ struct AttentionResult {
   Tensor out;  // [B, T, N, H]
   Tensor lse;  // [B, N, T], no gradient
 };
-// See kernels/attention.h. The documents may be undefined.
+// See kernels/attention.h. The documents may be undefined, and without dropout its sequence_starts.
 AttentionResult Attention(const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& q_document, const Tensor& k_document,
-                          const kernels::AttentionOptions& options);
+                          const kernels::AttentionOptions& options,
+                          const Tensor& sequence_starts = {});
 
 // table [V, D] at ids [...] -> [..., D]. Of a part of a table, zeros where the row is in another.
 Tensor Embedding(const Tensor& table, const Tensor& ids, const kernels::TablePart& part = {});

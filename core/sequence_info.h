@@ -18,11 +18,13 @@ struct KvCache {
 };
 
 struct SequenceInfo {
-  Tensor positions;          // i32 [B, T]
-  Tensor documents;          // i32 [B, T]; undefined: each row is one document
-  Tensor token_numbers;      // i64 [B T], each token's number in the whole run; for dropout
-  uint64_t seed = 0;         // for dropout
-  bool training = false;     // dropout acts
+  Tensor positions;        // i32 [B, T]
+  Tensor documents;        // i32 [B, T]; undefined: each row is one document
+  Tensor token_numbers;    // i64 [B T], each token's number in the whole run; for dropout
+  Tensor sequence_starts;  // i64 [B], the number of each whole sequence's first token; for dropout
+                           // of attention
+  uint64_t seed = 0;       // for dropout
+  bool training = false;   // dropout acts
   KvCache* cache = nullptr;  // if set, attention also sees what it holds, and adds to it
 };
 

@@ -33,7 +33,9 @@ struct Batch {
   std::vector<int32_t> documents;      // [count, T]  0, 1, ... within a sequence; empty if off
   std::vector<int64_t> token_numbers;  // [count, T]  different for every token of the run, the same
                                        // on any rank: the counter of dropout
-  int64_t labelled = 0;                // labels that are not ignored
+  // [count]  the number of each sequence's first token; empty: that is token_numbers' first in it.
+  std::vector<int64_t> sequence_starts;
+  int64_t labelled = 0;  // labels that are not ignored
 };
 
 class Loader {

@@ -3,9 +3,42 @@
 // head dim.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
+#include "core/base/philox.h"
 #include "kernels/dispatch.h"
 
 namespace shoal::kernels {
+
+// Dropout of the probabilities, behind the softmax: each is multiplied by 0 or by 1 / (1 - p), and
+// lse stays that of all of them. The mask is a function of the model's head, the query's number in
+// the run and the key's place in its sequence, whoever computes them: a key k stays where half k %
+// 8 of Philox({seed, k / 8}, query), 16 bits, is at least 2^16 p. So p is a multiple of 2^-16: it
+// is rounded, but neither to 0 nor to 1. The seed is the head's, AttentionDropoutSeed.
+struct AttentionDropout {
+  double p = 0;            // 0: none, and nothing else is read
+  PhiloxKey key;           // of the run and the layer
+  int64_t first_head = 0;  // the model's number of head 0
+  View sequence_starts;    // i64 [B]: the number in the run of each sequence's token 0
+  // Query i is token q_begin + i q_step of its sequence, key j token k_begin + j k_step.
+  int64_t q_begin = 0, q_step = 1, k_begin = 0, k_step = 1;
+
+  uint32_t Threshold() const {
+    return p > 0 ? static_cast<uint32_t>(std::clamp(std::nearbyint(p * 0x1p16), 1.0, 65535.0)) : 0;
+  }
+  double Scale() const { return 1 / (1 - Threshold() * 0x1p-16); }  // of what stays
+};
+
+SHOAL_HOST_DEVICE inline uint64_t AttentionDropoutSeed(const PhiloxKey& key, int64_t head) {
+  const Philox4 words = Philox(key, static_cast<uint64_t>(head));
+  return words.v[0] | static_cast<uint64_t>(words.v[1]) << 32;
+}
+
+// Half k % 8 of the four words.
+SHOAL_HOST_DEVICE inline uint32_t AttentionDropoutHalf(const Philox4& words, uint64_t k) {
+  return words.v[k % 8 / 2] >> (k % 2 * 16) & 0xffff;
+}
 
 struct AttentionOptions {
   double scale = 1;    // of the scores, before the softmax
@@ -13,6 +46,7 @@ struct AttentionOptions {
   int64_t window = 0;  // > 0: only if also j > i + query_offset - window
   int64_t query_offset =
       0;  // position of query 0 on the axis where key 0 is 0 (a KV cache's length)
+  AttentionDropout dropout = {};
 };
 
 // A tile of attention is that of some queries to some of their keys: the same call on parts of q, k

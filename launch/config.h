@@ -30,7 +30,7 @@ struct ModelSection {
   std::optional<std::string> preset, family, from;
   std::optional<int64_t> layers, d_model, heads, kv_heads, head_dim, mlp, vocab, context;
   std::optional<bool> tied;
-  std::optional<double> dropout, rope_theta, norm_eps;
+  std::optional<double> dropout, attention_dropout, rope_theta, norm_eps;
   bool operator==(const ModelSection&) const = default;
 };
 
@@ -111,6 +111,7 @@ struct MemoryConfig {
   std::string offload_activations = "none";
   std::string compress_activations = "none";
   bool partition_activations = false;
+  int64_t mlp_chunk_rows = 0;  // 0: all
   bool operator==(const MemoryConfig&) const = default;
 };
 

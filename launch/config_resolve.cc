@@ -56,6 +56,7 @@ void ForEachSize(ModelSection& m, ModelConfig& c, Visit&& visit) {
   visit("rope_theta", m.rope_theta, c.rope_theta);
   visit("norm_eps", m.norm_eps, c.norm_eps);
   visit("dropout", m.dropout, c.dropout);
+  visit("attention_dropout", m.attention_dropout, c.attention_dropout);
 }
 
 std::string Family(const ModelSection& m) {
@@ -109,6 +110,7 @@ void ResolveModel(Config* config, int64_t vocab) {
            base.family == "gpt2" && m.preset ? base.context : std::max(base.context, length));
     FillIn(&m.tied, base.tied);
     FillIn(&m.dropout, base.dropout);
+    FillIn(&m.attention_dropout, base.attention_dropout);
     FillIn(&m.rope_theta, base.rope_theta);
     FillIn(&m.norm_eps, base.norm_eps);
   }
@@ -140,7 +142,7 @@ void ResolveModelFrom(Config* config, const ModelConfig& weights) {
   ModelConfig found = weights;
   ForEachSize(m, found, [&](const std::string& name, auto& said, auto& value) {
     // Dropout is how to train, not what the weights are; a context may be cut, not extended.
-    const bool free = name == "dropout" || (name == "context" && said && *said <= value);
+    const bool free = name.ends_with("dropout") || (name == "context" && said && *said <= value);
     if (said && *said != value && !free) contradict(name, *said, value);
     FillIn(&said, value);
   });

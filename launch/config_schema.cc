@@ -97,6 +97,10 @@ std::vector<ConfigKey> BuildSchema() {
       KEY(model, tied, "the head uses the embedding's weights")
           .LeftOut("the preset's, or true for gpt2, false for llama"),
       KEY(model, dropout, "probability in training").Below(0, 1).LeftOut("the preset's, or 0"),
+      KEY(model, attention_dropout,
+          "probability in training of dropping an attention weight, a multiple of 2^-16")
+          .Below(0, 1)
+          .LeftOut("the preset's, or 0"),
       KEY(model, rope_theta, "base of RoPE's wavelengths (llama)")
           .In(1, kNoLimit)
           .LeftOut("the preset's, or 10000"),
@@ -197,6 +201,9 @@ std::vector<ConfigKey> BuildSchema() {
           "what backward needs is kept in fewer bits: in bf16, or in 8 bits with a scale for each "
           "64 values. Gradients are those of the rounded activations")
           .OneOf({"none", "bf16", "int8"}),
+      KEY(memory, mlp_chunk_rows,
+          "tokens that a block's MLP computes at a time, and again in backward; 0: all, once")
+          .In(0, kSize),
 
       KEY(method, name, "which weights are trained, and how")
           .OneOf({"full", "lora", "sltrain", "peqa", "l4q"}),

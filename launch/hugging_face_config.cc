@@ -130,6 +130,7 @@ ModelConfig ReadLlama(const Keys& keys) {
   c.context = keys.Size("max_position_embeddings", 2048);
   c.tied = keys.Flag("tie_word_embeddings", false);
   c.rope_theta = RopeTheta(keys);
+  c.attention_dropout = keys.Number("attention_dropout", 0.0, 0, std::nextafter(1, 0));
   c.norm_eps = keys.Number("rms_norm_eps", 1e-6, 0, 0.5);
   return c;
 }
@@ -154,6 +155,7 @@ ModelConfig ReadGpt2(const Keys& keys) {
   keys.Must("n_ctx", {c.context});
   c.tied = keys.Flag("tie_word_embeddings", true);
   c.dropout = keys.Number("resid_pdrop", 0.1, 0, std::nextafter(1, 0));
+  c.attention_dropout = keys.Number("attn_pdrop", 0.1, 0, std::nextafter(1, 0));
   c.norm_eps = keys.Number("layer_norm_epsilon", 1e-5, 0, 0.5);
   return c;
 }
@@ -225,7 +227,7 @@ std::string HuggingFaceConfigJson(const ModelConfig& c, DType dtype,
               {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", c.rope_theta}}},
               {"hidden_act", "silu"},
               {"attention_bias", false},
-              {"attention_dropout", 0.0},
+              {"attention_dropout", c.attention_dropout},
               {"mlp_bias", false}};
   } else {
     if (c.heads * c.head_dim != c.d_model)
@@ -244,7 +246,7 @@ std::string HuggingFaceConfigJson(const ModelConfig& c, DType dtype,
               {"activation_function", "gelu_new"},
               {"resid_pdrop", c.dropout},
               {"embd_pdrop", c.dropout},
-              {"attn_pdrop", 0.0},
+              {"attn_pdrop", c.attention_dropout},
               {"scale_attn_weights", true},
               {"scale_attn_by_inverse_layer_idx", false},
               {"reorder_and_upcast_attn", false}};

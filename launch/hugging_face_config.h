@@ -14,8 +14,8 @@ namespace shoal {
 
 // Error(kConfig) naming the file, the key and its value where the model is none of ours;
 // Error(kStorage) where the file is no configuration. Keys that are left out, or null, have the
-// values of the published loader. Dropout is resid_pdrop; that of attention weights, which our
-// models do not have, is left away: both are how to train, not what the weights are.
+// values of the published loader. Dropout is resid_pdrop, that of attention weights attn_pdrop or
+// attention_dropout: how to train, not what the weights are.
 ModelConfig ReadHuggingFaceConfig(const std::string& path);
 
 // Error(kConfig) if the published architecture cannot say what `model` is.

@@ -49,6 +49,11 @@ std::vector<Knob> KnobsOf(const Config& config, const TrainingOptions& options,
       {kActivations}, [](Config& c) { c.memory.offload_activations = "file"; });
   add(config.zero.offload != "file", "zero.offload = \"file\"", {kOptimizer},
       [](Config& c) { c.zero.offload = "file"; });
+  // Small beside the pass, and large enough for products to be efficient.
+  const int64_t chunk = std::max<int64_t>(256, config.data.sequence_length / 8);
+  add(config.memory.mlp_chunk_rows == 0 && batch.micro * config.data.sequence_length > chunk,
+      fmt::format("memory.mlp_chunk_rows = {}", chunk), {kActivations},
+      [chunk](Config& c) { c.memory.mlp_chunk_rows = chunk; });
   add(
       config.mesh.tp > 1 && !config.mesh.sequence_parallel, "mesh.sequence_parallel = true",
       {kActivations}, [](Config& c) { c.mesh.sequence_parallel = true; }, true);

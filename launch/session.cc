@@ -99,6 +99,7 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   if (config.memory.recompute == "full" || config.memory.recompute == "selective")
     options.recompute = RecomputeEvery(config.memory.recompute == "full", options);
   options.partition_activations = config.memory.partition_activations;
+  options.mlp_chunk_rows = config.memory.mlp_chunk_rows;
   if (config.sequence.schedule != "auto")
     options.sequence.schedule = ParseSequenceKind(config.sequence.schedule);
   options.sequence.ulysses = static_cast<int>(config.sequence.ulysses);

@@ -12,6 +12,7 @@
 
 #include "core/base/mutation.h"
 #include "core/init.h"
+#include "memory/chunked_mlp.h"
 #include "memory/offload_activations.h"
 #include "memory/recompute.h"
 #include "optim/clip.h"
@@ -29,6 +30,13 @@ bool Poisoned(std::span<const Batch> batches) {
     return std::any_of(batch.token_numbers.begin(), batch.token_numbers.end(),
                        [&](int64_t token) { return first <= token && token < end; });
   });
+}
+
+std::vector<int64_t> StartsOf(const Batch& batch) {
+  std::vector<int64_t> starts = batch.sequence_starts;
+  for (int64_t b = std::ssize(starts); b < batch.count; ++b)
+    starts.push_back(batch.token_numbers[static_cast<size_t>(b * batch.length)]);
+  return starts;
 }
 
 MeshShape Filled(MeshShape shape, int ranks) {
@@ -106,6 +114,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     sequence_ = ApplySequenceParallel(*model_, options.sequence, mesh_.axis(MeshAxis::kCp));
     sequence_->set_profile(profile_);
   }
+  if (options.mlp_chunk_rows > 0) ChunkMlps();
   TieHead();
   if (!options.activations_dir.empty())
     keep_ =
@@ -122,7 +131,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
     for (int i = 0; i < std::min(full + selective, static_cast<int>(blocks.size())); ++i) {
       Module& block = *blocks[static_cast<size_t>(i)];
       if (i < full)
-        ApplyRecompute(block, [this] { return [this, n = tokens_] { begin_(n); }; });
+        ApplyRecompute(block, [this] { return [this, n = tokens_] { begin_(tokens_ = n); }; });
       else
         ApplySelectiveRecompute(block);
     }
@@ -149,6 +158,25 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
             return static_cast<int>(chunk);
         SHOAL_FAIL(ErrorKind::kBug, p.name(), "belongs to no stage of this rank");
       });
+}
+
+void TrainingStep::ChunkMlps() {
+  RowShares shares;
+  if (const Communicator& tp = mesh_.axis(MeshAxis::kTp);
+      options_.sequence_parallel && tp.size() > 1) {
+    shares.ranks = tp.size();
+    shares.all = [this] { return tokens_; };
+    shares.mine = [&tp](int64_t rows) {
+      return ShardBegin(rows, tp.rank() + 1, tp.size()) - ShardBegin(rows, tp.rank(), tp.size());
+    };
+    shares.announce = begin_;
+  }
+  std::vector<std::string> mlps;
+  model_->Walk([&](const std::string& path, Module&) {
+    if (path.starts_with("blocks.") && path.ends_with(".mlp")) mlps.push_back(path);
+  });
+  for (const std::string& path : mlps)
+    ApplyChunkedMlp(*model_, path, options_.mlp_chunk_rows, shares);
 }
 
 // A tied weight on two ranks: its gradient is summed over them, and the first one counts.
@@ -229,6 +257,7 @@ Batch TrainingStep::Mine(const Batch& batch) const {
   cut(batch.positions, mine.positions);
   cut(batch.documents, mine.documents);
   cut(batch.token_numbers, mine.token_numbers);
+  mine.sequence_starts = StartsOf(batch);
   mine.labelled = std::count_if(mine.labels.begin(), mine.labels.end(),
                                 [](int32_t label) { return label != kIgnoredLabel; });
   return mine;
@@ -246,6 +275,8 @@ Tensor TrainingStep::Forward(const Batch& batch, int chunk, const Tensor& in, do
   info.positions = of_replica(Tensor::From(batch.positions, shape));
   if (documents_) info.documents = of_replica(Tensor::From(batch.documents, shape));
   info.token_numbers = of_replica(Tensor::From(batch.token_numbers, {batch.count * batch.length}));
+  if (training && options_.model.attention_dropout > 0)
+    info.sequence_starts = Tensor::From(StartsOf(batch), {batch.count});
   info.seed = options_.seed;
   info.training = training;
   tokens_ = batch.count * batch.length;

@@ -41,6 +41,7 @@ struct TrainingOptions {
   };
   std::vector<Recompute> recompute;    // by rank of the pipeline; empty: all are kept
   bool partition_activations = false;  // over tp
+  int64_t mlp_chunk_rows = 0;          // of a rank, that an MLP works on at a time; 0: all
   SequenceOptions sequence;            // of attention over cp
   std::string schedule = "1f1b";       // of the pipeline: a kind, or a file
   int virtual_stages = 1;
@@ -112,6 +113,7 @@ class TrainingStep {
   std::vector<double> Whole(const Known& parameter);
 
  private:
+  void ChunkMlps();
   void TieHead();
   PipelineExecutor& Executor(int micro_batches);
   // The part of the model that is stage `chunk` of this rank.

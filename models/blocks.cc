@@ -33,7 +33,9 @@ Attention::Attention(const ModelConfig& config, int layer, Options options)
   AddChild("q", q_, linear(d, n, "embed", "heads", InitialWeights()));
   AddChild("k", k_, linear(d, k, "embed", "kv_heads", InitialWeights()));
   AddChild("v", v_, linear(d, k, "embed", "kv_heads", InitialWeights()));
-  AddChild("inner", inner_, std::make_shared<InnerAttention>());
+  AddChild("inner", inner_,
+           std::make_shared<InnerAttention>(
+               config.attention_dropout, "blocks." + std::to_string(layer) + ".attention.inner"));
   AddChild("out", out_, linear(n, d, "heads", "embed", InitialResidualWeights(config)));
 }
 

@@ -19,7 +19,8 @@ struct ModelConfig {
   int64_t context = 0;  // longest sequence; rows of gpt2's table of positions
   bool tied = false;    // the head uses the embedding's weights
   double dropout = 0.0;
-  double rope_theta = 10000.0;  // llama only
+  double attention_dropout = 0.0;  // of attention's probabilities
+  double rope_theta = 10000.0;     // llama only
   double norm_eps = 1e-5;
 
   bool operator==(const ModelConfig&) const = default;

@@ -166,7 +166,7 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
                "generation keeps a cache of keys, which is not split over ranks: set mesh.cp to 1");
   const auto plan = group_->PlanFor(q, k, info);
   const SequencePassOptions options{1 / std::sqrt(static_cast<double>(q.dim(3))),
-                                    group_->options().wide_results};
+                                    group_->options().wide_results, DropoutIn(info)};
   SequenceArrays x;
   x.q = q.Detached();
   x.k = k.Detached();
@@ -194,7 +194,8 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
   record.exact = {kLse};
   return Record(
       "sequence_attention", x.out, {q, k, v}, kept,
-      [group = group_, plan, options, heads](GradContext& context) {
+      [group = group_, plan, options, heads,
+       starts = info.sequence_starts](GradContext& context) {  // options' view is of starts
         SequenceArrays x;
         (heads ? x.head_q : x.q) = context.Saved(kQ);
         (heads ? x.head_k : x.k) = context.Saved(kK);
@@ -213,16 +214,16 @@ Tensor SequenceAttention::Forward(const Tensor& q, const Tensor& k, const Tensor
 std::shared_ptr<SequenceGroup> ApplySequenceParallel(Module& root, const SequenceOptions& options,
                                                      Communicator& cp) {
   const auto group = std::make_shared<SequenceGroup>(options, cp);
-  std::vector<std::string> paths;
+  std::vector<std::pair<std::string, kernels::AttentionDropout>> slots;
   root.Walk([&](const std::string& path, Module& module) {
     const auto* attention = dynamic_cast<const InnerAttention*>(&module);
     if (attention == nullptr) return;
     // One that changes its operands hands them to a child that is the attention.
     if (!module.children().empty()) return;
-    paths.push_back(path);
+    slots.emplace_back(path, attention->dropout());
   });
-  for (const std::string& path : paths)
-    root.Replace(path, std::make_shared<SequenceAttention>(group));
+  for (const auto& [path, dropout] : slots)
+    root.Replace(path, std::make_shared<SequenceAttention>(group, dropout));
   return group;
 }
 

@@ -88,7 +88,9 @@ class SequenceGroup {
 // backward communicates, so all ranks must run it, in the same order. No KV cache.
 class SequenceAttention : public InnerAttention {
  public:
-  explicit SequenceAttention(std::shared_ptr<SequenceGroup> group) : group_(std::move(group)) {}
+  explicit SequenceAttention(std::shared_ptr<SequenceGroup> group,
+                             const kernels::AttentionDropout& dropout = {})
+      : InnerAttention(dropout), group_(std::move(group)) {}
   Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
                  const SequenceInfo& info) override;
 

@@ -149,7 +149,7 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
                                                            {&A::out, &A::head_out},
                                                            {&A::lse, &A::head_lse}};
   if (schedule.pass == SequencePass::kBackward)
-    for (const auto& [of_share, head] : kKept) share.*of_share = x.*head;
+    for (const auto& [array, head] : kKept) share.*array = x.*head;
   const auto exchange = [&](SequencePayload payload, SequencePassBase::Actions actions) {
     MakeHeadsExchange(schedule, options, wire, rank, actions, payload, x, share)->Run();
   };
@@ -158,7 +158,7 @@ void RunParts(const SequenceSchedule& schedule, const SequencePassOptions& optio
   MakeRowsPass(schedule, options, wire, rank, {rows, back}, false, share)->Run();
   exchange(SequencePayload::kHeadsResult, {back, all.end()});
   if (schedule.pass == SequencePass::kForward)
-    for (const auto& [of_share, head] : kKept) x.*head = share.*of_share;
+    for (const auto& [array, head] : kKept) x.*head = share.*array;
 }
 
 }  // namespace

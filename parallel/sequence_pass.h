@@ -26,7 +26,8 @@ struct SequenceArrays {
 
 struct SequencePassOptions {
   double scale = 1;
-  bool wide_results = true;  // O on its way to its owner is as wide as sums
+  bool wide_results = true;                // O on its way to its owner is as wide as sums
+  kernels::AttentionDropout dropout = {};  // but for places and heads: tiles know them
 };
 
 // The widths of that pass, to count its bytes by.

@@ -259,6 +259,10 @@ class RowsPass : public SequencePassBase {
                        Documents(k),
                        *TileMask(q, k, s_.mask)};
     t.options.scale = options_.scale;
+    t.options.dropout = options_.dropout;
+    t.options.dropout.first_head += heads.begin;
+    t.options.dropout.q_begin = q.begin, t.options.dropout.q_step = q.step;
+    t.options.dropout.k_begin = k.begin, t.options.dropout.k_step = k.step;
     return t;
   }
 

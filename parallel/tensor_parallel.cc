@@ -222,9 +222,9 @@ Tensor ExpandHeads(const Tensor& x, const std::vector<int64_t>& kv_of_query) {
 // Attention whose query heads do not share the kv heads in equal groups.
 class MappedAttention : public InnerAttention {
  public:
-  explicit MappedAttention(std::vector<int64_t> kv_of_query)
+  MappedAttention(std::vector<int64_t> kv_of_query, const kernels::AttentionDropout& dropout)
       : kv_of_query_(std::move(kv_of_query)) {
-    AddChild("inner", inner_, std::make_shared<InnerAttention>());
+    AddChild("inner", inner_, std::make_shared<InnerAttention>(dropout));
   }
 
   Tensor Forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -371,9 +371,10 @@ std::function<void(int64_t)> ApplyTensorParallel(Module& root, const AxisCut& cu
       if (sequence_parallel) replace(std::make_shared<RowsDropout>(*dropout, region));
     } else if (dynamic_cast<const LmLoss*>(&module) != nullptr) {
       replace(std::make_shared<ShardedLmLoss>(region));
-    } else if (dynamic_cast<const InnerAttention*>(&module) != nullptr) {
+    } else if (auto* attention = dynamic_cast<InnerAttention*>(&module)) {
       const int64_t per_kv = cut.heads / cut.kv_heads;
       const Range q = Deal(cut.heads, group.size())[r];
+      attention->set_first_head(q.begin);
       std::vector<int64_t> kv_of_query;
       for (int64_t h = q.begin; h < q.end; ++h)
         kv_of_query.push_back(h / per_kv - q.begin / per_kv);
@@ -381,7 +382,7 @@ std::function<void(int64_t)> ApplyTensorParallel(Module& root, const AxisCut& cu
       bool even = q.size() % kv == 0;
       for (int64_t i = 0; even && i < q.size(); ++i)
         even = kv_of_query[static_cast<size_t>(i)] == i / (q.size() / kv);
-      if (!even) replace(std::make_shared<MappedAttention>(kv_of_query));
+      if (!even) replace(std::make_shared<MappedAttention>(kv_of_query, attention->dropout()));
     }
   });
   for (Change& change : changes) root.Replace(change.path, std::move(change.module));

@@ -54,6 +54,13 @@ AttentionProblem MakeProblem(const char* op, const View& lse, const View& q, con
     CheckShape(op, "k_document", k_document, {a.batch, a.keys});
     CheckDType(op, "k_document", k_document, DType::kI32);
   }
+  const AttentionDropout& dropout = options.dropout;
+  SHOAL_CHECK(dropout.p >= 0 && dropout.p < 1, op, "dropout's p is {}, not in [0, 1)", dropout.p);
+  if (a.drops()) {
+    CheckShape(op, "sequence_starts", dropout.sequence_starts, {a.batch});
+    CheckDType(op, "sequence_starts", dropout.sequence_starts, DType::kI64);
+    CheckPresent(op, "sequence_starts", dropout.sequence_starts);
+  }
   return a;
 }
 
@@ -160,8 +167,9 @@ void Attention(const Stream& stream, const View& out, const View& lse, const Vie
   const int64_t block_pieces = std::min(pieces, blocks);
   const int64_t head_pieces = std::min(Blocks(pieces, block_pieces), a.group());
   const int64_t unit_heads = Blocks(a.group(), head_pieces);
-  const bool streamed =
-      block_pieces == blocks && (unit_heads == 1 || a.queries * unit_heads <= kQueryBlock);
+  // Dropout has one head's numbers at a time.
+  const bool streamed = block_pieces == blocks &&
+                        (unit_heads == 1 || (a.queries * unit_heads <= kQueryBlock && !a.drops()));
   std::vector<AttentionUnit> units;
   for (int64_t p = block_pieces - 1; p >= 0; --p)  // with a causal mask the last have most to do
     for (int64_t b = 0; b < a.batch; ++b)

@@ -7,6 +7,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention_backward.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "kernels/cpu/attention_dropout-inl.h"
 #include "kernels/cpu/attention_tiles-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -55,6 +56,7 @@ class Backward {
     lse_ = c.Take<Acc>(kQueryBlock);
     delta_ = c.Take<Acc>(kQueryBlock);
     masks_ = c.Take<QueryMasks<SignedOf>>(1);
+    if (a.drops()) dropout_ = c.Take<DropoutMask<D>>(1);
     used_ = c.used();
   }
   int64_t used() const { return used_; }
@@ -102,6 +104,7 @@ class Backward {
     PackQueries(b, n, query, queries);
     std::fill_n(dq_, RoundUp(queries, kGroup) * padded_, Acc(0));
     if (a_.documents()) masks_->SetDocuments(a_, b, query, queries);
+    if (a_.drops()) dropout_->SetBlock(a_, b, n, query);
     const auto scale = static_cast<Acc>(a_.options.scale * ScoreUnit<Acc>());
     for (int64_t j = begin; j < end; j += kKeyTile) {
       const Tile t = MakeTile(a_, b, query, queries, j, std::min(j + kKeyTile, end));
@@ -110,7 +113,8 @@ class Backward {
       ScoreTile<P>(a_, t, key_rows_ + row * words_, q_transposed_, scale, scores_);
       ScoreTile<P>(a_, t, value_rows_ + row * words_, dout_transposed_, Acc(1), dp_);
       if (t.masked) masks_->SetTile(a_, t);
-      for (int64_t v = 0; v < queries; v += hn::Lanes(d)) Differentiate(t, b, v);
+      for (int64_t v = 0; v < queries; v += hn::Lanes(d))
+        a_.drops() ? Differentiate<true>(t, b, v) : Differentiate<false>(t, b, v);
       if (u.dkv) {
         KeyProduct<P>(a_, t, p_rows_, dout_columns_, dv_ + row * padded_);
         KeyProduct<P>(a_, t, ds_rows_, q_columns_, dk_ + row * padded_);
@@ -145,13 +149,18 @@ class Backward {
     for (int64_t i = 0; i < kQueryBlock; ++i) delta_[i] = i < queries ? delta[i] : Acc(0);
   }
 
-  // P = exp(S - lse) and dS = P (dP - delta) for the vector of queries at v.
+  // P = exp(S - lse) and dS = P (dP - delta) for the vector of queries at v. With dropout dP is
+  // that of what stays, scaled, and P is what stays of it; dV has the scale.
+  template <bool kDrop>
   void Differentiate(const Tile& t, int64_t b, int64_t v) {
     const D d;
     const auto rows = RowsFor(a_, t, v, hn::Lanes(d));
     const V lse = hn::Load(d, lse_ + v), delta = hn::Load(d, delta_ + v);
     Acc* s = scores_ + v;
     Acc* dp = dp_ + v;
+    if constexpr (kDrop) dropout_->SetVector(v);
+    [[maybe_unused]] const V dropout_scale =
+        hn::Set(d, static_cast<Acc>(a_.options.dropout.Scale()));
     const auto store = [&](int64_t r, V p0, V p1, V ds0, V ds1) HWY_ATTR {
       if constexpr (kPairs) {
         auto* p = reinterpret_cast<BF16*>(p_rows_) + r * kQueryBlock + v;
@@ -178,7 +187,15 @@ class Backward {
         for (int64_t k = 0; k < 2; ++k) {
           const int64_t at = (r + k) * kQueryBlock;
           p[k] = Power(d, hn::Sub(hn::Load(d, s + at), lse));
-          ds[k] = hn::Mul(p[k], hn::Sub(hn::Load(d, dp + at), delta));
+          V dp_row = hn::Load(d, dp + at);
+          if constexpr (kDrop) {
+            const auto keeps = dropout_->Keeps(d, t.key + r + k);
+            dp_row = hn::IfThenElseZero(keeps, hn::Mul(dp_row, dropout_scale));
+            ds[k] = hn::Mul(p[k], hn::Sub(dp_row, delta));
+            p[k] = hn::IfThenElseZero(keeps, p[k]);
+          } else {
+            ds[k] = hn::Mul(p[k], hn::Sub(dp_row, delta));
+          }
           if constexpr (masked) {
             const auto sees = Sees(d, a_, t, b, *masks_, v, r + k);
             p[k] = hn::IfThenElseZero(sees, p[k]);
@@ -198,12 +215,13 @@ class Backward {
   void WriteKeys(const AttentionUnit& u, int64_t end) {
     std::fill_n(dq_, padded_, Acc(0));
     const auto scale = static_cast<Acc>(a_.options.scale);
+    const auto of_values = static_cast<Acc>(a_.options.dropout.Scale());
     for (int64_t j = u.key_begin; j < u.key_end; ++j) {
       const bool touched = j >= first_key_ && j < end;
       const int64_t at = (j - first_key_) * padded_;
       if (a_.add && !touched) continue;
       GiveRow<In>(a_, touched ? dk_ + at : dq_, scale, a_.dk, u.batch, j, u.kv_head);
-      GiveRow<In>(a_, touched ? dv_ + at : dq_, Acc(1), a_.dv, u.batch, j, u.kv_head);
+      GiveRow<In>(a_, touched ? dv_ + at : dq_, of_values, a_.dv, u.batch, j, u.kv_head);
     }
   }
 
@@ -221,6 +239,7 @@ class Backward {
   Acc* dq_;                                // [kQueryBlock, padded]
   Acc *lse_, *delta_;
   QueryMasks<SignedOf>* masks_;
+  DropoutMask<D>* dropout_ = nullptr;
 };
 
 int64_t BackwardScratch(const AttentionProblem& a, bool pairs, int64_t keys) {

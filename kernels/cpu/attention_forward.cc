@@ -6,6 +6,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention_forward.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "kernels/cpu/attention_dropout-inl.h"
 #include "kernels/cpu/attention_tiles-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -43,6 +44,7 @@ class Forward {
     sum_ = c.Take<Acc>(kQueryBlock);
     rescale_ = c.Take<Acc>(kQueryBlock);
     masks_ = c.Take<QueryMasks<SignedOf>>(1);
+    if (a.drops()) dropout_ = c.Take<DropoutMask<D>>(1);
     used_ = c.used();
   }
   int64_t used() const { return used_; }
@@ -99,6 +101,7 @@ class Forward {
     std::fill_n(sum_, kQueryBlock, Acc(0));
     std::fill_n(rescale_, kQueryBlock, Acc(0));
     if (a_.documents()) masks_->SetDocuments(a_, b, query, queries);
+    if (a_.drops()) dropout_->SetBlock(a_, b, n, query);
     const auto scale = static_cast<Acc>(a_.options.scale * ScoreUnit<Acc>());
     const int64_t end = a_.KeysEnd(query + queries - 1);
     for (int64_t j = RoundDown(a_.KeysBegin(query), kKeyTile); j < end; j += kKeyTile) {
@@ -111,13 +114,16 @@ class Forward {
       const int64_t offset = (t.key - first_key_) * words_;
       ScoreTile<P>(a_, t, keys_ + offset, transposed_, scale, scores_);
       if (t.masked) masks_->SetTile(a_, t);
-      for (int64_t v = 0; v < queries; v += hn::Lanes(d)) Softmax(t, b, v);
+      for (int64_t v = 0; v < queries; v += hn::Lanes(d))
+        a_.drops() ? Softmax<true>(t, b, v) : Softmax<false>(t, b, v);
       QueryProduct<P, Into::kRescaled>(a_, t, probabilities_, values_ + offset, out_, rescale_);
     }
     Write(b, n, query, queries);
   }
 
-  // Scores of the vector of queries at v to probabilities relative to the running maximum.
+  // Scores of the vector of queries at v to probabilities relative to the running maximum. Those
+  // that are dropped count in the sum alone.
+  template <bool kDrop>
   void Softmax(const Tile& t, int64_t b, int64_t v) {
     const D d;
     const auto rows = RowsFor(a_, t, v, hn::Lanes(d));
@@ -147,6 +153,7 @@ class Forward {
     hn::Store(rescale, d, rescale_ + v);
 
     V l0 = hn::Mul(hn::Load(d, sum_ + v), rescale), l1 = hn::Zero(d);
+    if constexpr (kDrop) dropout_->SetVector(v);
     const auto store = [&](int64_t r, V p0, V p1) HWY_ATTR {
       if constexpr (P::kPair == 2) {
         P::StorePairs(p0, p1, probabilities_ + r / 2 * kQueryBlock + v);
@@ -161,9 +168,13 @@ class Forward {
     const auto power = [&](int64_t begin, int64_t end) HWY_ATTR {
       for (int64_t r = begin; r < end; r += 2) {
         const V x0 = hn::Load(d, s + r * kQueryBlock), x1 = hn::Load(d, s + (r + 1) * kQueryBlock);
-        const V p0 = Power(d, hn::Sub(x0, base)), p1 = Power(d, hn::Sub(x1, base));
+        V p0 = Power(d, hn::Sub(x0, base)), p1 = Power(d, hn::Sub(x1, base));
         l0 = hn::Add(l0, p0);
         l1 = hn::Add(l1, p1);
+        if constexpr (kDrop) {
+          p0 = hn::IfThenElseZero(dropout_->Keeps(d, t.key + r), p0);
+          p1 = hn::IfThenElseZero(dropout_->Keeps(d, t.key + r + 1), p1);
+        }
         store(r, p0, p1);
       }
     };
@@ -176,13 +187,14 @@ class Forward {
   void Write(int64_t b, int64_t n, int64_t query, int64_t queries) {
     const D d;
     Acc* lse = a_.lse.as<Acc>();
+    const auto scale = static_cast<Acc>(a_.options.dropout.Scale());
     for (int64_t v = 0; v < queries; v += hn::Lanes(d)) {
       const V sum = hn::Load(d, sum_ + v);
       const auto nothing = hn::Eq(sum, hn::Zero(d));
       V log = hn::MulAdd(hn::Load(d, max_ + v), hn::Set(d, ScoreLog<Acc>()), hn::Log(d, sum));
       log = hn::IfThenElse(hn::IsNaN(sum), sum, log);
       hn::Store(hn::IfThenElse(nothing, hn::Set(d, -kInfinity), log), d, max_ + v);
-      hn::Store(hn::IfThenZeroElse(nothing, hn::Div(hn::Set(d, Acc(1)), sum)), d, rescale_ + v);
+      hn::Store(hn::IfThenZeroElse(nothing, hn::Div(hn::Set(d, scale), sum)), d, rescale_ + v);
     }
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t t = a_.QueryOf(query + i), head = n + (query + i) % a_.fold;
@@ -208,6 +220,7 @@ class Forward {
   Acc* out_;           // [kQueryBlock, padded]
   Acc *max_, *sum_, *rescale_;
   QueryMasks<SignedOf>* masks_;
+  DropoutMask<D>* dropout_ = nullptr;
 };
 
 int64_t ForwardScratch(const AttentionProblem& a, bool pairs, int64_t keys) {

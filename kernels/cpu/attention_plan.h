@@ -37,6 +37,7 @@ struct AttentionProblem {
   int64_t fold = 1;
 
   int64_t group() const { return heads / kv_heads; }  // query heads per kv head
+  bool drops() const { return options.dropout.p > 0; }
   bool documents() const { return static_cast<bool>(q_document); }
   int64_t padded_head() const { return RoundUp(head_dim, kHeadMultiple); }
   int64_t QueryOf(int64_t row) const { return fold == 1 ? row : RoundDown(row, fold) / fold; }

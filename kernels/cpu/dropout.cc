@@ -9,6 +9,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/dropout.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "kernels/cpu/philox-inl.h"
 #include "kernels/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -16,29 +17,14 @@ namespace shoal::kernels::cpu::HWY_NAMESPACE {
 
 constexpr int64_t kCounters = 64;  // of a chunk
 
-// words [4 kCounters] = Philox(key, counter + i) for i in [0, kCounters): core/base/philox.h in
-// 64-bit lanes. Only the lower halves are kept right: multiplication ignores the upper ones.
+// words [4 kCounters] = Philox(key, counter + i) for i in [0, kCounters).
 void PhiloxChunk(PhiloxKey key, uint64_t counter, uint32_t* words) {
   const hn::ScalableTag<uint64_t> d;
-  const hn::Repartition<uint32_t, decltype(d)> d32;
   const auto low = hn::Set(d, 0xffffffffu);
-  const auto product = [&](auto a, uint64_t b) {
-    return hn::MulEven(hn::BitCast(d32, a), hn::BitCast(d32, hn::Set(d, b)));
-  };
   for (int64_t i = 0; i < kCounters; i += hn::Lanes(d)) {
-    const auto index = hn::Add(hn::Set(d, counter + i), hn::Iota(d, 0));
-    auto c0 = index, c1 = hn::ShiftRight<32>(index);
+    auto c0 = hn::Add(hn::Set(d, counter + i), hn::Iota(d, 0)), c1 = hn::ShiftRight<32>(c0);
     auto c2 = hn::Set(d, key.stream), c3 = hn::Set(d, key.stream >> 32);
-    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const auto p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
-      c0 = hn::Xor(hn::Xor(hn::ShiftRight<32>(p1), c1), hn::Set(d, k0));
-      c2 = hn::Xor(hn::Xor(hn::ShiftRight<32>(p0), c3), hn::Set(d, k1));
-      c1 = p1;
-      c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    PhiloxRounds(d, key.seed, c0, c1, c2, c3);
     hn::StoreInterleaved2(hn::Or(hn::And(c0, low), hn::ShiftLeft<32>(c1)),
                           hn::Or(hn::And(c2, low), hn::ShiftLeft<32>(c3)), d,
                           reinterpret_cast<uint64_t*>(words + 4 * i));

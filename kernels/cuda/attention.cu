@@ -45,6 +45,23 @@ AttentionProblem MakeProblem(const char* op, const View& q, const View& k, const
   problem.mask.causal = options.causal;
   problem.mask.q_document = q_document.as<int32_t>();
   problem.mask.k_document = k_document.as<int32_t>();
+  const AttentionDropout& dropout = options.dropout;
+  SHOAL_CHECK(dropout.p >= 0 && dropout.p < 1, op, "dropout's p is {}, not in [0, 1)", dropout.p);
+  if (dropout.p > 0) {
+    CheckShape(op, "sequence_starts", dropout.sequence_starts, {q.dim(0)});
+    CheckDType(op, "sequence_starts", dropout.sequence_starts, DType::kI64);
+    CheckPresent(op, "sequence_starts", dropout.sequence_starts);
+    problem.keep = {dropout.key,
+                    dropout.sequence_starts.as<int64_t>(),
+                    dropout.sequence_starts.strides[0],
+                    dropout.first_head,
+                    dropout.q_begin,
+                    dropout.q_step,
+                    dropout.k_begin,
+                    dropout.k_step,
+                    dropout.Threshold(),
+                    dropout.Scale()};
+  }
   return problem;
 }
 

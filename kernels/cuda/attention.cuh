@@ -75,11 +75,45 @@ struct AttentionMask {
   }
 };
 
+// What stays of the probabilities: kernels/attention.h says of what it is a function.
+struct AttentionKeep {
+  PhiloxKey key;
+  const int64_t* starts = nullptr;
+  int64_t starts_step = 1;
+  int64_t first_head = 0, q_begin = 0, q_step = 1, k_begin = 0, k_step = 1;
+  uint32_t threshold = 0;  // 0: everything stays
+  double scale = 1;        // of what stays
+
+  // Of one head of one sequence, once ForHead.
+  uint64_t seed = 0;
+  int64_t first = 0;
+  __device__ AttentionKeep ForHead(int64_t b, int64_t n) const {
+    AttentionKeep keep = *this;
+    keep.seed = AttentionDropoutSeed(key, first_head + n);
+    keep.first = starts[b * starts_step] + q_begin;
+    return keep;
+  }
+  // Bit e: whether the probability of query i and key j + e stays.
+  __device__ uint32_t Bits(int64_t i, int64_t j, int count) const {
+    const auto query = static_cast<uint64_t>(first + i * q_step);
+    uint64_t group = 0;
+    Philox4 words;
+    uint32_t bits = 0;
+    for (int e = 0; e < count; ++e) {
+      const auto k = static_cast<uint64_t>(k_begin + (j + e) * k_step);
+      if (e == 0 || k / 8 != group) words = Philox({seed, group = k / 8}, query);
+      bits |= static_cast<uint32_t>(AttentionDropoutHalf(words, k) >= threshold) << e;
+    }
+    return bits;
+  }
+};
+
 struct AttentionProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int head_dim = 0;
   double scale = 1;
   AttentionMask mask;
+  AttentionKeep keep;
 
   // The row of lse and delta [B, N, T].
   __device__ int64_t StatisticsRow(int64_t b, int64_t n) const {

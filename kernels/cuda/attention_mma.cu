@@ -122,7 +122,23 @@ __device__ __forceinline__ float RowReduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-template <int kDim, class Out>
+// Which probabilities of queries [i, i + kQueries) and kRows or kKeys keys from j on stay: a bit
+// for each, eight keys to a byte.
+template <int kQueries, int kTileKeys>
+struct KeepTile {
+  static constexpr int kBytes = kTileKeys / 8;
+  uint8_t bytes[kQueries * kBytes];
+
+  __device__ __forceinline__ void Draw(const AttentionKeep& keep, int64_t i, int64_t j) {
+    for (int e = threadIdx.x; e < kQueries * kBytes; e += kThreads)
+      bytes[e] = static_cast<uint8_t>(keep.Bits(i + e / kBytes, j + e % kBytes * 8, 8));
+  }
+  __device__ __forceinline__ bool Keeps(int query, int key) const {
+    return bytes[query * kBytes + key / 8] >> key % 8 & 1;
+  }
+};
+
+template <int kDim, bool kDrop, class Out>
 __global__ void __launch_bounds__(kThreads)
     ForwardKernel(Heads<Out> out, float* lse, Heads<const BF16> q, Heads<const BF16> k,
                   Heads<const BF16> v, AttentionProblem p, bool vector_in, bool vector_out) {
@@ -146,10 +162,14 @@ __global__ void __launch_bounds__(kThreads)
   LoadTile<kRows, kDim>(q_tile, q.Row(at.b, at.first, at.n), q.token, valid, p.head_dim, vector_in);
   if (j < end) load_k(j);
   CommitCopies();
+  [[maybe_unused]] __shared__ KeepTile<kRows, kKeys> kept;
+  [[maybe_unused]] AttentionKeep keep;
+  if constexpr (kDrop) keep = p.keep.ForHead(at.b, at.n);
   for (; j < end; j += kKeys) {
     LoadTile<kKeys, kDim>(v_tile, v.Row(at.b, j, kv_head), v.token, mask.keys - j, p.head_dim,
                           vector_in);
     CommitCopies();
+    if constexpr (kDrop) kept.Draw(keep, at.first, j);
     WaitForCopies<1>();  // q and k are there, v on its way
     __syncthreads();
     float scores[kKeys / 8][4] = {};
@@ -184,6 +204,10 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           scores[t][i] = exp2f(scores[t][i] - base);
           total[half] += scores[t][i];
+          if constexpr (kDrop) {
+            if (!kept.Keeps(16 * Warp() + FragmentRow(i), 8 * t + FragmentColumn(i)))
+              scores[t][i] = 0;
+          }
         }
       }
 #pragma unroll
@@ -202,7 +226,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     total[half] = RowReduce(total[half], SumOp());
-    factor[half] = total[half] == 0.0f ? 0.0f : 1.0f / total[half];
+    const float whole = kDrop ? static_cast<float>(p.keep.scale) : 1.0f;
+    factor[half] = total[half] == 0.0f ? 0.0f : whole / total[half];
     const int64_t row = first + FragmentRow(2 * half);
     if (Lane() % 4 == 0 && row < mask.queries) {
       lse[p.StatisticsRow(at.b, at.n) + row] =
@@ -213,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dq = scale dS k with dS = P (dout v^T - delta), P = exp(scale q k^T - lse).
-template <int kDim, class Out>
+template <int kDim, bool kDrop, class Out>
 __global__ void __launch_bounds__(kThreads)
     QueryGradientKernel(Heads<Out> dq, Heads<const BF16> dout, Heads<const BF16> q,
                         Heads<const BF16> k, Heads<const BF16> v, const float* lse,
@@ -242,6 +267,9 @@ __global__ void __launch_bounds__(kThreads)
     row_lse[half] = row < mask.queries ? lse[at_row] * kLog2E : 0.0f;
     row_delta[half] = row < mask.queries ? delta[at_row] : 0.0f;
   }
+  [[maybe_unused]] __shared__ KeepTile<kRows, kKeys> kept;
+  [[maybe_unused]] AttentionKeep keep;
+  if constexpr (kDrop) keep = p.keep.ForHead(at.b, at.n);
   float sums[kDim / 8][4] = {};
   const int64_t end = mask.EndKey(at.first + (valid < kRows ? valid : kRows));
   for (int64_t j = mask.FirstKey(at.first); j < end; j += kKeys) {
@@ -250,6 +278,7 @@ __global__ void __launch_bounds__(kThreads)
     LoadTile<kKeys, kDim>(v_tile, v.Row(at.b, j, kv_head), v.token, mask.keys - j, p.head_dim,
                           vector_in);
     CommitCopies();
+    if constexpr (kDrop) kept.Draw(keep, at.first, j);
     WaitForCopies<0>();
     __syncthreads();
     float scores[kKeys / 8][4] = {}, dscores[kKeys / 8][4] = {};
@@ -261,6 +290,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool sees = all || mask.Sees(first + FragmentRow(i), j + 8 * t + FragmentColumn(i));
+        if constexpr (kDrop)
+          dscores[t][i] *= kept.Keeps(16 * Warp() + FragmentRow(i), 8 * t + FragmentColumn(i))
+                               ? static_cast<float>(keep.scale)
+                               : 0.0f;
         dscores[t][i] =
             sees ? exp2f(scores[t][i] * scale - row_lse[i / 2]) * (dscores[t][i] - row_delta[i / 2])
                  : 0.0f;
@@ -276,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // dv = P^T dout and dk = scale dS^T q, summed over the heads that share the kv head, in order. The
 // scores are computed transposed, a warp's 16 keys by kQueries.
-template <int kDim, int kQueries, class Out>
+template <int kDim, int kQueries, bool kDrop, class Out>
 __global__ void __launch_bounds__(kThreads)
     KeyGradientKernel(Heads<Out> dk, Heads<Out> dv, Heads<const BF16> dout, Heads<const BF16> q,
                       Heads<const BF16> k, Heads<const BF16> v, const float* lse,
@@ -301,7 +334,10 @@ __global__ void __launch_bounds__(kThreads)
   float dk_sums[kDim / 8][4] = {}, dv_sums[kDim / 8][4] = {};
   const int64_t begin = mask.FirstQuery(at.first);
   const int64_t end = mask.EndQuery(at.first + (valid < kRows ? valid : kRows));
+  [[maybe_unused]] __shared__ KeepTile<kQueries, kRows> kept;
+  [[maybe_unused]] AttentionKeep keep;
   for (int64_t n = at.n * group; n < (at.n + 1) * group; ++n) {
+    if constexpr (kDrop) keep = p.keep.ForHead(at.b, n);
     for (int64_t i0 = begin; i0 < end; i0 += kQueries) {
       const int64_t rows = mask.queries - i0;
       LoadTile<kQueries, kDim>(q_tile, q.Row(at.b, i0, n), q.token, rows, p.head_dim, vector_in);
@@ -313,6 +349,7 @@ __global__ void __launch_bounds__(kThreads)
         lse_tile[threadIdx.x] = threadIdx.x < rows ? lse[row] * kLog2E : 0.0f;
         delta_tile[threadIdx.x] = threadIdx.x < rows ? delta[row] : 0.0f;
       }
+      if constexpr (kDrop) kept.Draw(keep, i0, at.first);
       WaitForCopies<0>();
       __syncthreads();
       float scores[kQueries / 8][4] = {}, dscores[kQueries / 8][4] = {};
@@ -326,7 +363,14 @@ __global__ void __launch_bounds__(kThreads)
           const int column = 8 * t + FragmentColumn(i);
           const bool sees = all || mask.Sees(i0 + column, first + FragmentRow(i));
           scores[t][i] = sees ? exp2f(scores[t][i] * scale - lse_tile[column]) : 0.0f;
-          dscores[t][i] = scores[t][i] * (dscores[t][i] - delta_tile[column]);
+          if constexpr (kDrop) {
+            const bool stays = kept.Keeps(column, 16 * Warp() + FragmentRow(i));
+            const float dp = stays ? dscores[t][i] * static_cast<float>(keep.scale) : 0.0f;
+            dscores[t][i] = scores[t][i] * (dp - delta_tile[column]);
+            if (!stays) scores[t][i] = 0;
+          } else {
+            dscores[t][i] = scores[t][i] * (dscores[t][i] - delta_tile[column]);
+          }
         }
       }
       AddWeightedRows<kQueries, kDim>(dv_sums, scores, dout_tile);
@@ -335,9 +379,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   WaitForCopies<0>();  // where no query sees these keys
-  const float one[2] = {1.0f, 1.0f};
+  const float whole = kDrop ? static_cast<float>(p.keep.scale) : 1.0f;
+  const float of_values[2] = {whole, whole};
   const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
-  StoreRows<kDim>(dv, at, first, mask.keys, dv_sums, one, p.head_dim, vector_out, add);
+  StoreRows<kDim>(dv, at, first, mask.keys, dv_sums, of_values, p.head_dim, vector_out, add);
   StoreRows<kDim>(dk, at, first, mask.keys, dk_sums, factor, p.head_dim, vector_out, add);
 }
 
@@ -346,18 +391,22 @@ constexpr size_t TileBytes(int rows) {
   return static_cast<size_t>(rows) * kStep<kDim> * sizeof(BF16);
 }
 
-// f(std::integral_constant<int, kDim>, TypeTag<Out>) with the head dimension rounded up to one that
-// is compiled, and the result's type.
+// f(std::integral_constant<int, kDim>, std::bool_constant<kDrop>, TypeTag<Out>) with the head
+// dimension rounded up to one that is compiled, and the result's type.
 template <class F>
-void VisitResult(int64_t head_dim, const View& result, F&& f) {
-  const auto visit = [&](auto dim) {
+void VisitResult(const AttentionProblem& p, const View& result, F&& f) {
+  const auto visit = [&](auto dim, auto drop) {
     if (result.dtype == DType::kBF16)
-      f(dim, TypeTag<BF16>());
+      f(dim, drop, TypeTag<BF16>());
     else
-      f(dim, TypeTag<float>());
+      f(dim, drop, TypeTag<float>());
   };
-  if (head_dim <= 64) return visit(std::integral_constant<int, 64>{});
-  visit(std::integral_constant<int, 128>{});
+  const auto visit_dim = [&](auto dim) {
+    if (p.keep.threshold > 0) return visit(dim, std::true_type());
+    visit(dim, std::false_type());
+  };
+  if (p.head_dim <= 64) return visit_dim(std::integral_constant<int, 64>{});
+  visit_dim(std::integral_constant<int, 128>{});
 }
 
 }  // namespace
@@ -369,10 +418,11 @@ bool MmaAttentionApplies(const View& q) {
 void MmaAttention(const Stream& stream, const char* op, const AttentionArguments& a) {
   const AttentionProblem& p = a.problem;
   const bool vector_in = RowsAligned16(a.q) && RowsAligned16(a.k) && RowsAligned16(a.v);
-  VisitResult(p.head_dim, a.out, [&](auto dim, auto out) {
+  VisitResult(p, a.out, [&](auto dim, auto drop, auto out) {
     constexpr int kDim = decltype(dim)::value;
+    constexpr bool kDrop = decltype(drop)::value;
     using Out = typename decltype(out)::type;
-    Launch(stream, op, (ForwardKernel<kDim, Out>),
+    Launch(stream, op, (ForwardKernel<kDim, kDrop, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, kRows)), kThreads,
            TileBytes<kDim>(kRows + 2 * kKeys), Heads<Out>(a.out), a.lse.as<float>(),
            Heads<const BF16>(a.q), Heads<const BF16>(a.k), Heads<const BF16>(a.v), p, vector_in,
@@ -386,16 +436,17 @@ void MmaAttentionBackward(const Stream& stream, const char* op,
   const bool vector_in =
       RowsAligned16(a.q) && RowsAligned16(a.k) && RowsAligned16(a.v) && RowsAligned16(a.dout);
   const Heads<const BF16> dout(a.dout), q(a.q), k(a.k), v(a.v);
-  VisitResult(p.head_dim, a.dq, [&](auto dim, auto out) {
+  VisitResult(p, a.dq, [&](auto dim, auto drop, auto out) {
     constexpr int kDim = decltype(dim)::value;
+    constexpr bool kDrop = decltype(drop)::value;
     using Out = typename decltype(out)::type;
-    Launch(stream, op, (QueryGradientKernel<kDim, Out>),
+    Launch(stream, op, (QueryGradientKernel<kDim, kDrop, Out>),
            GridSize(op, p.batch * p.heads * CeilDiv(p.mask.queries, kRows)), kThreads,
            TileBytes<kDim>(2 * kRows + 2 * kKeys), Heads<Out>(a.dq), dout, q, k, v,
            a.lse.as<float>(), a.delta.as<float>(), p, vector_in, RowsAligned16(a.dq), a.add);
     // With 128 columns the sums leave no registers for more queries.
     constexpr int kQueries = kDim == 64 ? 64 : 32;
-    Launch(stream, op, (KeyGradientKernel<kDim, kQueries, Out>),
+    Launch(stream, op, (KeyGradientKernel<kDim, kQueries, kDrop, Out>),
            GridSize(op, p.batch * p.kv_heads * CeilDiv(p.mask.keys, kRows)), kThreads,
            TileBytes<kDim>(2 * kRows + 2 * kQueries) + 2 * kQueries * sizeof(float),
            Heads<Out>(a.dk), Heads<Out>(a.dv), dout, q, k, v, a.lse.as<float>(),

@@ -152,6 +152,8 @@ __global__ void __launch_bounds__(kThreads)
     highest[r] = kMinusInfinity;
     sum[r] = 0;
   }
+  const bool drops = p.keep.threshold > 0;
+  const AttentionKeep keep = drops ? p.keep.ForHead(at.b, at.n) : p.keep;
   const int64_t end = mask.EndKey(at.first + (valid < tile.queries ? valid : tile.queries));
   for (int64_t j = mask.FirstKey(at.first); j < end; j += tile.keys) {
     __syncthreads();  // the last tile's values are used up
@@ -173,6 +175,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = threadIdx.x % 32; c < tile.keys; c += 32) {
         row[c] = row[c] == kMinusInfinity ? A(0) : exp(row[c] - peak);
         total += row[c];
+        if (drops && !keep.Bits(at.first + r, j + c, 1)) row[c] = 0;
       }
       total = WarpReduce(total, SumOp());
       __syncwarp();  // all lanes have read highest[r]
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
       lse[p.StatisticsRow(at.b, at.n) + at.first + r] =
           sum[r] == A(0) ? kMinusInfinity : highest[r] + log(sum[r]);
     }
-    factor[r] = sum[r] == A(0) ? A(0) : A(1) / sum[r];
+    factor[r] = sum[r] == A(0) ? A(0) : A(p.keep.scale) / sum[r];
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tile.queries * head_dim; i += kThreads) {
@@ -243,6 +246,8 @@ __global__ void __launch_bounds__(kThreads)
            head_dim);
   ZeroTile(dq_tile, tile.queries * step);
   LoadStatistics(lse_tile, delta_tile, lse + row, delta + row, tile.queries, valid);
+  const bool drops = p.keep.threshold > 0;
+  const AttentionKeep keep = drops ? p.keep.ForHead(at.b, at.n) : p.keep;
   const int64_t end = mask.EndKey(at.first + (valid < tile.queries ? valid : tile.queries));
   for (int64_t j = mask.FirstKey(at.first); j < end; j += tile.keys) {
     __syncthreads();
@@ -251,6 +256,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     ForDots<true>(q_tile, k_tile, dout_tile, v_tile, tile, head_dim,
                   [&](int r, int c, A score, A dprobability) {
+                    if (drops)
+                      dprobability *= keep.Bits(at.first + r, j + c, 1) ? A(keep.scale) : A(0);
                     dscores[r * score_step + c] = mask.Sees(at.first + r, j + c)
                                                       ? exp(score * scale - lse_tile[r]) *
                                                             (dprobability - delta_tile[r]) * scale
@@ -294,7 +301,9 @@ __global__ void __launch_bounds__(kThreads)
   ZeroTile(dk_tile, 2 * tile.keys * step);
   const int64_t first = mask.FirstQuery(at.first);
   const int64_t end = mask.EndQuery(at.first + (valid < tile.keys ? valid : tile.keys));
+  const bool drops = p.keep.threshold > 0;
   for (int64_t n = at.n * group; n < (at.n + 1) * group; ++n) {
+    const AttentionKeep keep = drops ? p.keep.ForHead(at.b, n) : p.keep;
     for (int64_t i = first; i < end; i += tile.queries) {
       const int64_t row = p.StatisticsRow(at.b, n) + i, rows = mask.queries - i;
       __syncthreads();
@@ -306,7 +315,12 @@ __global__ void __launch_bounds__(kThreads)
                     [&](int r, int c, A score, A dprobability) {
                       const A probability =
                           mask.Sees(i + r, at.first + c) ? exp(score * scale - lse_tile[r]) : A(0);
-                      probabilities[r * score_step + c] = probability;
+                      A factor = 1;
+                      if (drops) {
+                        factor = keep.Bits(i + r, at.first + c, 1) ? A(keep.scale) : A(0);
+                        dprobability *= factor;
+                      }
+                      probabilities[r * score_step + c] = probability * factor;
                       dscores[r * score_step + c] =
                           probability * (dprobability - delta_tile[r]) * scale;
                     });

@@ -96,6 +96,8 @@ const std::vector<Feature>& Features() {
       {"tied head", [](Cell& c) { c.recipe.tied = true; }},
       {"documents", [](Cell& c) { c.recipe.documents = true; }},
       {"dropout", [](Cell& c) { c.recipe.dropout = 0.2; }},
+      {"attention dropout", [](Cell& c) { c.recipe.attention_dropout = 0.2; }},
+      {"chunked mlp", [](Cell& c) { c.recipe.mlp_chunk_rows = 17; }},
       {"sgd", [](Cell& c) { c.recipe.optimizer = "sgd"; }},
   };
   return features;

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "tests/core/gradient_check.h"
 
 namespace shoal {
@@ -130,6 +132,60 @@ TEST(Ops, AttentionWithinDocuments) {
       },
       {RandomTensor({1, 6, 2, 4}, 1), RandomTensor({1, 6, 2, 4}, 2),
        RandomTensor({1, 6, 2, 4}, 3)});
+}
+
+TEST(Ops, AttentionWithDropout) {
+  kernels::AttentionOptions options;
+  options.scale = 0.7;
+  options.dropout = {.p = 0.4, .key = {1, 2}};
+  const Tensor starts = Tensor::From(std::vector<int64_t>{3, 100}, {2});
+  CheckGradients(
+      [&](const Inputs& x) {
+        return ops::Attention(x[0], x[1], x[2], {}, {}, options, starts).out;
+      },
+      {RandomTensor({2, 9, 4, 6}, 1), RandomTensor({2, 9, 2, 6}, 2),
+       RandomTensor({2, 9, 2, 6}, 3)});
+}
+
+// Scores are equal and values are unit vectors: the output is the mask.
+TEST(Ops, AttentionDropsIndependently) {
+  constexpr int64_t kBatch = 2, kHeads = 4, kTokens = 64;
+  const Dims shape{kBatch, kTokens, kHeads, kTokens};
+  const Tensor zeros = Tensor::Full(shape, DType::kF32, 0);
+  const Tensor units = Tensor::Full(shape, DType::kF32, 0);
+  for (int64_t i = 0; i < shape.numel(); ++i)
+    if (i % kTokens == i / (kHeads * kTokens) % kTokens) units.data<float>()[i] = 1;
+  const Tensor starts = Tensor::From(std::vector<int64_t>{1000, 1000 + kTokens}, {kBatch});
+  for (const double p : {0.1, 0.5, 0.9}) {
+    kernels::AttentionOptions options = {.causal = false};
+    options.dropout = {.p = p, .key = {3, 4}};
+    const std::vector<double> out =
+        ops::Attention(zeros, zeros, units, {}, {}, options, starts).out.ToVector();
+    // [batch, query, head, key]: 1 less its mean where it stays.
+    std::vector<double> kept(out.size());
+    double mean = 0, variance = 0;
+    for (size_t i = 0; i < out.size(); ++i) {
+      const double factor = out[i] * kTokens;
+      ASSERT_TRUE(factor == 0 || std::abs(factor - 1 / (1 - p)) < 1e-3) << factor;
+      kept[i] = (factor > 0 ? 1 : 0) - (1 - p);
+      mean += kept[i];
+      variance += kept[i] * kept[i];
+    }
+    const auto n = static_cast<double>(out.size());
+    const double sigma = std::sqrt(p * (1 - p));
+    EXPECT_LT(std::abs(mean / n), 4 * sigma / std::sqrt(n)) << p;
+    EXPECT_NEAR(variance / n, p * (1 - p), 0.02) << p;
+    // Of neighbouring keys, of keys of other draws, of heads, of queries, of sequences.
+    for (const int64_t apart : {int64_t{1}, int64_t{2}, int64_t{8}, kTokens, kHeads * kTokens,
+                                kTokens * kHeads * kTokens}) {
+      double product = 0;
+      int64_t pairs = 0;
+      for (size_t i = 0; i + apart < kept.size(); ++i, ++pairs)
+        product += kept[i] * kept[i + apart];
+      EXPECT_LT(std::abs(product) / pairs, 4 * sigma * sigma / std::sqrt(pairs))
+          << p << " " << apart;
+    }
+  }
 }
 
 TEST(Ops, Embedding) {

@@ -1,8 +1,8 @@
 #include <cmath>
-#include <limits>
 
 #include "kernels/attention.h"
 #include "tests/kernels/harness.h"
+#include "tests/kernels/reference/attention.h"
 
 namespace shoal::kernels::testing {
 namespace {
@@ -21,12 +21,33 @@ struct Setup {
   // Backward as over a part of the keys: out and lse are those of a larger sum. Where a query sees
   // one key, dq and dk would otherwise be zero but for rounding.
   bool partial = false;
+  double dropout = 0;
+  int64_t first_head = 0, q_begin = 0, q_step = 1, k_begin = 0, k_step = 1;  // of dropout
 
   AttentionOptions options() const {
-    return {scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(head_dim)), causal, window,
-            offset};
+    AttentionOptions o{scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(head_dim)), causal,
+                       window, offset};
+    o.dropout = {.p = dropout,
+                 .key = {77, 0x123456789abcdef},
+                 .first_head = first_head,
+                 .q_begin = q_begin,
+                 .q_step = q_step,
+                 .k_begin = k_begin,
+                 .k_step = k_step};
+    return o;
   }
 };
+
+Arg Starts(int64_t batch) {
+  std::vector<double> starts = {0};
+  for (int64_t b = 0; b < batch; ++b)
+    starts.resize(b + 1), starts[b] = static_cast<double>(Start(b));
+  return In(DType::kI64, {batch}).Values(starts);
+}
+AttentionOptions With(AttentionOptions o, const View& starts) {
+  o.dropout.sequence_starts = starts;
+  return o;
+}
 
 // Where an argument [B, T, N, H] lies: as it is, cut out of a packed projection, or [B, N, T, H].
 Arg Laid(Setup::Layout layout, Arg arg) {
@@ -37,110 +58,6 @@ Arg Laid(Setup::Layout layout, Arg arg) {
   }
   if (layout == Setup::kHeadsFirst) return arg.Strided({s[2] * s[1] * s[3], s[3], s[1] * s[3], 1});
   return arg;
-}
-
-// The definition, in double. probability(b, n, i, j, p) is called for each key that a query sees,
-// with p = exp(score - lse); `lse` is read if it is known and written otherwise.
-template <class F>
-void Definition(const AttentionOptions& o, const Array& q, const Array& k, const Array& q_document,
-                const Array& k_document, Array& lse, bool lse_known, F probability) {
-  const int64_t queries = q.dim(1), heads = q.dim(2), dim = q.dim(3);
-  const int64_t keys = k.dim(1), group = heads / k.dim(2);
-  std::vector<double> scores(keys);
-  for (int64_t b = 0; b < q.dim(0); ++b) {
-    for (int64_t n = 0; n < heads; ++n) {
-      for (int64_t i = 0; i < queries; ++i) {
-        double top = -std::numeric_limits<double>::infinity();
-        for (int64_t j = 0; j < keys; ++j) {
-          const int64_t position = i + o.query_offset;
-          bool sees = !(o.causal && j > position) && !(o.window > 0 && j <= position - o.window);
-          if (q_document.numel()) sees = sees && q_document(b, i) == k_document(b, j);
-          scores[j] = -std::numeric_limits<double>::infinity();
-          if (!sees) continue;
-          const double* x = &q.v[((b * queries + i) * heads + n) * dim];
-          const double* y = &k.v[((b * keys + j) * k.dim(2) + n / group) * dim];
-          double dot = 0;
-          for (int64_t h = 0; h < dim; ++h) dot += x[h] * y[h];
-          scores[j] = dot * o.scale;
-          if (!(scores[j] <= top)) top = scores[j];
-        }
-        double& l = lse(b, n, i);
-        if (!lse_known) {
-          double sum = 0;
-          for (double s : scores)
-            if (!std::isinf(s)) sum += std::exp(s - top);
-          l = std::isinf(top) ? top : top + std::log(sum);
-        }
-        for (int64_t j = 0; j < keys; ++j)
-          if (!std::isinf(scores[j])) probability(b, n, i, j, std::exp(scores[j] - l));
-      }
-    }
-  }
-}
-
-// &x(b, t, n, 0), where x may have fewer heads than `heads`.
-double* Row(Array& x, int64_t b, int64_t t, int64_t n, int64_t heads) {
-  return &x.v[((b * x.dim(1) + t) * x.dim(2) + n * x.dim(2) / heads) * x.dim(3)];
-}
-const double* Row(const Array& x, int64_t b, int64_t t, int64_t n, int64_t heads) {
-  return Row(const_cast<Array&>(x), b, t, n, heads);
-}
-
-void ForwardDefinition(const AttentionOptions& o, Array& out, Array& lse, const Array& q,
-                       const Array& k, const Array& v, const Array& q_document,
-                       const Array& k_document) {
-  out.v.assign(out.numel(), 0);
-  const int64_t heads = q.dim(2), dim = q.dim(3);
-  Definition(o, q, k, q_document, k_document, lse, false,
-             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
-               double* to = Row(out, b, i, n, heads);
-               const double* from = Row(v, b, j, n, heads);
-               for (int64_t h = 0; h < dim; ++h) to[h] += p * from[h];
-             });
-}
-
-enum Argument { kDq, kDk, kDv, kDout, kQ, kK, kV, kOutput, kLse, kQDocument, kKDocument };
-
-// delta(b, n, i) = the sum of dout out.
-void DeltaDefinition(Array& delta, const Array& dout, const Array& out) {
-  const int64_t heads = out.dim(2), dim = out.dim(3);
-  for (int64_t b = 0; b < out.dim(0); ++b)
-    for (int64_t i = 0; i < out.dim(1); ++i)
-      for (int64_t n = 0; n < heads; ++n) {
-        const double *x = Row(dout, b, i, n, heads), *y = Row(out, b, i, n, heads);
-        double& sum = delta(b, n, i) = 0;
-        for (int64_t h = 0; h < dim; ++h) sum += x[h] * y[h];
-      }
-}
-
-// Adds to dq, dk and dv.
-void AddGradients(const AttentionOptions& o, Array& dq, Array& dk, Array& dv, const Array& dout,
-                  const Array& q, const Array& k, const Array& v, Array& lse, Array& delta,
-                  const Array& q_document, const Array& k_document) {
-  const int64_t heads = q.dim(2), dim = q.dim(3);
-  Definition(o, q, k, q_document, k_document, lse, true,
-             [&](int64_t b, int64_t n, int64_t i, int64_t j, double p) {
-               const double *dy = Row(dout, b, i, n, heads), *x = Row(q, b, i, n, heads);
-               const double *y = Row(k, b, j, n, heads), *z = Row(v, b, j, n, heads);
-               double dp = 0;
-               for (int64_t h = 0; h < dim; ++h) dp += dy[h] * z[h];
-               const double ds = p * (dp - delta(b, n, i)) * o.scale;
-               double *to_q = Row(dq, b, i, n, heads), *to_k = Row(dk, b, j, n, heads),
-                      *to_v = Row(dv, b, j, n, heads);
-               for (int64_t h = 0; h < dim; ++h) {
-                 to_q[h] += ds * y[h];
-                 to_k[h] += ds * x[h];
-                 to_v[h] += p * dy[h];
-               }
-             });
-}
-
-void BackwardDefinition(const AttentionOptions& o, Arrays& a) {
-  for (int i : {kDq, kDk, kDv}) a[i].v.assign(a[i].numel(), 0);
-  Array delta = a[kLse];
-  DeltaDefinition(delta, a[kDout], a[kOutput]);
-  AddGradients(o, a[kDq], a[kDk], a[kDv], a[kDout], a[kQ], a[kK], a[kV], a[kLse], delta,
-               a[kQDocument], a[kKDocument]);
 }
 
 Arg Documents(const std::vector<double>& values, int64_t batch, int64_t tokens) {
@@ -159,9 +76,10 @@ Case ForwardCase(DType t, const Setup& s, bool wide = false) {
             Laid(s.layout, In(t, k)).Range(-s.range, s.range),
             Laid(s.layout, In(t, k)),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
-    Attention(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], o);
+    Attention(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], With(o, a[7]));
   };
   c.reference = [o](Arrays& a) { ForwardDefinition(o, a[0], a[1], a[2], a[3], a[4], a[5], a[6]); };
   c.tolerance = s.tolerance;
@@ -183,10 +101,11 @@ Case BackwardCase(DType t, const Setup& s) {
             Laid(s.layout, In(t, q)),
             In(AccumulatorDType(t), {s.batch, s.heads, s.queries}),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
     AttentionBackward(stream, a[kDq], a[kDk], a[kDv], a[kDout], a[kQ], a[kK], a[kV], a[kOutput],
-                      a[kLse], a[kQDocument], a[kKDocument], o);
+                      a[kLse], a[kQDocument], a[kKDocument], With(o, a[kStarts]));
   };
   c.prepare = [o, partial = s.partial](Arrays& a) {
     const Array out = a[kOutput];
@@ -227,10 +146,11 @@ Case TileCase(DType t, const Setup& s) {
             In(wide, statistics),
             In(wide, statistics),
             Documents(s.q_document, s.batch, s.queries),
-            Documents(s.k_document, s.batch, s.keys)};
+            Documents(s.k_document, s.batch, s.keys),
+            Starts(s.batch)};
   c.kernel = [o](const Stream& stream, const Views& a) {
     AttentionBackwardTile(stream, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
-                          o);
+                          With(o, a[11]));
   };
   c.prepare = [o](Arrays& a) {
     Array out = a[4];
@@ -397,6 +317,52 @@ std::vector<Setup> Setups() {
                  .q_document = Lengths({1, 4, 3}),
                  .k_document = Lengths({2, 3, 3}),
                  .gradient = true});
+  const std::vector<Setup> dropped = {
+      {.name = "97x97", .queries = 97, .keys = 97},
+      {.name = "1x300", .queries = 1, .keys = 300, .heads = 8, .kv_heads = 2, .offset = 299},
+      {.name = "5x300", .queries = 5, .keys = 300, .heads = 8, .kv_heads = 2, .causal = false},
+      {.name = "200x420",
+       .queries = 100,
+       .keys = 210,
+       .head_dim = 80,
+       .offset = 110,
+       .q_begin = 110},
+      {.name = "last_head",
+       .batch = 3,
+       .heads = 3,
+       .kv_heads = 3,
+       .head_dim = 20,
+       .first_head = 61},
+      {.name = "packed", .batch = 2, .queries = 50, .keys = 50, .layout = Setup::kPacked},
+      {.name = "apart", .causal = false, .q_begin = 1 << 20, .k_begin = 13},
+      {.name = "striped3", .q_begin = 2, .q_step = 3, .k_begin = 1, .k_step = 3},
+      {.name = "striped8", .causal = false, .q_begin = 5, .q_step = 8, .k_begin = 7, .k_step = 8},
+      {.name = "window", .queries = 250, .keys = 230, .window = 70, .offset = 33},
+      {.name = "documents",
+       .batch = 2,
+       .queries = 250,
+       .keys = 250,
+       .q_document = packed,
+       .k_document = packed},
+      {.name = "all_masked", .queries = 100, .keys = 400, .offset = -100},
+      {.name = "no_keys", .keys = 0},
+      {.name = "gradient",
+       .batch = 2,
+       .queries = 5,
+       .keys = 7,
+       .heads = 4,
+       .kv_heads = 2,
+       .head_dim = 3,
+       .offset = 1,
+       .gradient = true},
+  };
+  for (double p : {0.3, 1e-9, 1 - 1e-9})
+    for (Setup s : dropped) {
+      if (p != 0.3 && s.name != "packed") continue;
+      s.name = fmt::format("dropout{}/{}", p, s.name);
+      s.dropout = p;
+      all.push_back(s);
+    }
   for (Setup& s : all) s.partial = s.keys == 1 || s.window == 1 || s.offset == -64 || s.range > 1;
   return all;
 }
@@ -449,6 +415,15 @@ const CaseFile kCases([](std::vector<Case>& cases) {
                      .heads = 12,
                      .kv_heads = 12,
                      .head_dim = 64});
+    AddBenchmarks(cases, t,
+                  {.name = "bench/4x1024x12x64/dropout",
+                   .batch = 4,
+                   .queries = 1024,
+                   .keys = 1024,
+                   .heads = 12,
+                   .kv_heads = 12,
+                   .head_dim = 64,
+                   .dropout = 0.1});
     AddBenchmarks(cases, t,
                   {.name = "bench/1x2048x32_8x128",
                    .queries = 2048,

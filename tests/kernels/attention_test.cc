@@ -19,7 +19,7 @@ class AttentionContract : public ::testing::Test {
   }
   std::string Message() {
     try {
-      Attention({}, out_, lse_, q_, k_, v_, q_document_, k_document_, {});
+      Attention({}, out_, lse_, q_, k_, v_, q_document_, k_document_, options_);
     } catch (const Error& e) {
       EXPECT_EQ(e.kind(), ErrorKind::kBug);
       EXPECT_EQ(e.op(), "Attention");
@@ -29,6 +29,7 @@ class AttentionContract : public ::testing::Test {
   }
 
   std::vector<float> data_ = std::vector<float>(1024);
+  AttentionOptions options_;
   View out_, lse_, q_, k_, v_, q_document_, k_document_;
 };
 
@@ -63,6 +64,14 @@ TEST_F(AttentionContract, DocumentsComeTogether) {
   EXPECT_THAT(Message(), HasSubstr("only one of q_document and k_document"));
   k_document_ = View(data_.data(), DType::kI32, {2, 5});
   EXPECT_THAT(Message(), HasSubstr("k_document has shape [2, 5], not [2, 7]"));
+}
+
+TEST_F(AttentionContract, DropoutNeedsItsNumbers) {
+  options_.dropout.p = 1;
+  EXPECT_THAT(Message(), HasSubstr("dropout's p is 1, not in [0, 1)"));
+  options_.dropout.p = 0.5;
+  options_.dropout.sequence_starts = View(data_.data(), DType::kI64, {3});
+  EXPECT_THAT(Message(), HasSubstr("sequence_starts has shape [3], not [2]"));
 }
 
 }  // namespace

@@ -139,13 +139,15 @@ TEST(ConfigModel, SizesThatDoNotFit) {
 TEST(ConfigModel, FromTakesTheShapeOfTheWeights) {
   std::string text = kMinimal;
   text.replace(text.find("preset = \"llama-60m\""), 20, "from = \"/weights\"   ");
-  Config c = ParseConfig(text, "c.toml", {"model.dropout=0.1", "model.context=512"});
+  Config c = ParseConfig(text, "c.toml",
+                         {"model.dropout=0.1", "model.attention_dropout=0.2", "model.context=512"});
   EXPECT_THAT(Mistake([&] { ModelShape(c); }), HasSubstr("have not been read"));
   ResolveModelFrom(&c, *FindPreset("gpt2-124m"));
   const ModelConfig shape = ModelShape(c);
   EXPECT_EQ(shape.family, "gpt2");
   EXPECT_EQ(shape.layers, 12);
   EXPECT_EQ(shape.dropout, 0.1);
+  EXPECT_EQ(shape.attention_dropout, 0.2);
   EXPECT_EQ(shape.context, 512);
   EXPECT_EQ(ParseConfig(WriteConfig(c), "resolved"), c);
   Config wrong = ParseConfig(text, "c.toml", {"model.layers=3"});

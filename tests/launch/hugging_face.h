@@ -31,6 +31,7 @@ inline ModelConfig Small(const std::string& family, bool tied) {
   c.tied = tied;
   if (family == "llama") c.rope_theta = 12345.5;
   if (family == "gpt2") c.dropout = 0.25;
+  c.attention_dropout = 0.125;
   return c;
 }
 

@@ -26,7 +26,7 @@ struct Recipe {
   int64_t length = 5;  // odd
   int steps = kSteps;
   bool gqa = false, tied = false, documents = false;  // beside what the model's name says
-  double dropout = 0;
+  double dropout = 0, attention_dropout = 0;
   int layers = 2;
   int64_t heads = 0;  // 0: the model's own
   int tp = 1, zero_stage = 0;
@@ -37,6 +37,7 @@ struct Recipe {
   bool in_backward = false, unclipped = false;
   ActivationFormat compress = ActivationFormat::kOwn;
   bool recompute = false, selective = false, partition_activations = false;
+  int64_t mlp_chunk_rows = 0;
   int pp = 1, virtual_stages = 1, cp = 1;
   std::optional<SequenceKind> attention = {};
   int ulysses = 0;  // of hybrid
@@ -76,6 +77,7 @@ inline ModelConfig Model(const Recipe& recipe) {
   if (recipe.gqa) c.kv_heads = 3;
   if (recipe.tied) c.tied = true;
   if (recipe.dropout > 0) c.dropout = recipe.dropout;
+  c.attention_dropout = recipe.attention_dropout;
   return c;
 }
 
@@ -123,6 +125,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   if (recipe.recompute || recipe.selective)
     options.recompute = RecomputeEvery(recipe.recompute, options);
   options.partition_activations = recipe.partition_activations;
+  options.mlp_chunk_rows = recipe.mlp_chunk_rows;
   options.length = recipe.length;
   options.zero_stage = recipe.zero_stage;
   options.sequence_parallel = recipe.sequence_parallel;
@@ -204,7 +207,10 @@ inline Outcome OneRank(Recipe recipe, const std::vector<int64_t>& order = InOrde
   recipe.zero_stage = recipe.shard_ranks = 0;
   recipe.sequence_parallel = recipe.partition_activations = false;
   // What is kept is what is rounded.
-  if (recipe.compress == ActivationFormat::kOwn) recipe.recompute = false;
+  if (recipe.compress == ActivationFormat::kOwn) {
+    recipe.recompute = false;
+    recipe.mlp_chunk_rows = 0;
+  }
   recipe.pp = recipe.virtual_stages = recipe.cp = 1;
   recipe.schedule = "1f1b";
   recipe.offload_dir.clear();

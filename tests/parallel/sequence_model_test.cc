@@ -27,6 +27,7 @@ ModelConfig Config(const std::string& family) {
   config.vocab = 31;
   config.context = kTokens;
   config.dropout = 0.1;
+  config.attention_dropout = 0.3;
   return config;
 }
 
@@ -51,6 +52,7 @@ double LossOf(LanguageModel& model, const std::vector<int64_t>& places, bool doc
   info.positions = Tensor::From(positions, {kBatch, rows});
   if (documents) info.documents = Tensor::From(ids, {kBatch, rows});
   info.token_numbers = Tensor::From(numbers, {kBatch * rows});
+  info.sequence_starts = Tensor::From(std::vector<int64_t>{0, kTokens}, {kBatch});
   info.seed = 3;
   info.training = true;
   const Tensor hidden = model.Hidden(Tensor::From(tokens, {kBatch, rows}), info);
