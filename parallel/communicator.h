@@ -1,7 +1,7 @@
 // A group of ranks and what they can do together. Every call is collective: all ranks of the group
-// make the same calls in the same order. Calls block until this rank's part is done and its buffers
-// may be used again (on a GPU: by what is queued next); CommQueue runs them behind computation. A group of one is the same code path
-// and moves nothing.
+// make the same calls in the same order. A call blocks until this rank's part is done and its
+// buffers may be used again (on a GPU: by what is queued next); CommQueue runs calls behind
+// computation. A group of one is the same code path and moves nothing.
 //
 // Several arrays count as one, their concatenation. Where each rank has a share of it, the shares
 // are ranges in rank order, equal but for rounding (ShardBegin) unless `bounds` says otherwise.

@@ -1,7 +1,6 @@
-#include "kernels/reduce_arrays.h"
-
 #include "kernels/contract.h"
 #include "kernels/cuda/device_utils.cuh"
+#include "kernels/reduce_arrays.h"
 
 namespace shoal::kernels::cuda {
 namespace {
@@ -42,8 +41,8 @@ void ReduceInOrder(const Stream& stream, ReduceOp op, const View& out, const Vie
     using T = typename decltype(tag)::type;
     const int64_t n = out.numel(), apart = x.strides[0];
     const bool vector = apart % kChunk<T> == 0 && IsAligned16(x.data) && IsAligned16(out.data);
-    const auto kernel = op == ReduceOp::kMax ? ReduceInOrderKernel<T, true>
-                                             : ReduceInOrderKernel<T, false>;
+    const auto kernel =
+        op == ReduceOp::kMax ? ReduceInOrderKernel<T, true> : ReduceInOrderKernel<T, false>;
     Launch(stream, name, kernel, GridSize(name, CeilDiv(n, kThreads * kChunk<T>)), kThreads, 0,
            out.as<T>(), x.as<T>(), x.dim(0), apart, n, vector);
   });

@@ -55,13 +55,13 @@ Recipe OfDocuments(int layers) {
 
 // With everything else: ZeRO over dp x cp, tensor and pipeline parallelism, recomputation,
 // documents.
-TEST(ParityAttentionBeside, EverythingElse) {
+void CheckBeside(std::initializer_list<int> stages) {
   Recipe recipe = OfDocuments(4);
   const Outcome one = OneRank(recipe);
   for (const SequenceKind kind : {SequenceKind::kTokenRing, SequenceKind::kUlysses}) {
     recipe.attention = kind;
     recipe.cp = 2;
-    for (int stage = 1; stage <= 3; ++stage) {
+    for (const int stage : stages) {
       recipe.zero_stage = stage;
       recipe.tp = recipe.pp = 1;
       recipe.recompute = recipe.sequence_parallel = false;
@@ -83,6 +83,9 @@ TEST(ParityAttentionBeside, EverythingElse) {
     Check(recipe, one, 8, 3);
   }
 }
+
+TEST(ParityAttentionBeside, EverythingElse) { CheckBeside({3}); }
+TEST(LongParityAttentionBeside, OtherStages) { CheckBeside({1, 2}); }
 
 // Three heads of each tensor rank, one of them mirrored.
 TEST(ParityAttentionBeside, HeadsBothWays) {
