@@ -5,6 +5,7 @@
 // the device runs: host code that looks at it ends the program, as it would on a machine with a
 // GPU. Ranks that are threads share the device, one kernel at a time.
 #pragma once
+#pragma GCC system_header  // its names are not ours to choose
 
 #include <math.h>
 #include <stdint.h>

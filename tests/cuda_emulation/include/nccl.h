@@ -1,6 +1,7 @@
 // Enough of NCCL for ranks that are threads of one process and compute on the emulated device. A
 // call has ended when it returns; calls of a group go out together at its end.
 #pragma once
+#pragma GCC system_header  // its names are not ours to choose
 
 #include <cuda_runtime.h>
 
