@@ -6,7 +6,6 @@
 #include "core/ops.h"
 #include "core/placement_rules.h"
 #include "kernels/elementwise.h"
-#include "kernels/embedding.h"
 #include "parallel/collectives.h"
 
 namespace shoal {

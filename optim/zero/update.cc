@@ -20,13 +20,17 @@ double Total(const Tensor& squares) {
   return sum;
 }
 
-// Between this thread's device and the host.
-Tensor Fetch(ExecutionContext& host, const View& values) {
-  const Stream& device = CurrentStream();
+// In host memory, without values.
+Tensor OnHost(ExecutionContext& host, const View& like) {
   const ContextScope scope(host);
-  Tensor t = Tensor::Empty(values.shape, values.dtype, MemoryClass::kWorkspace);
+  return Tensor::Empty(like.shape, like.dtype, MemoryClass::kWorkspace);
+}
+
+// From this thread's device.
+Tensor Fetch(ExecutionContext& host, const View& values) {
+  Tensor t = OnHost(host, values);
   if constexpr (kHaveCuda)
-    cuda::CopyToHost(device.handle, t.view().data, values.data, values.bytes());
+    cuda::CopyToHost(CurrentStream().handle, t.view().data, values.data, values.bytes());
   return t;
 }
 
@@ -138,8 +142,10 @@ void ZeroOptimizer::Update(Bucket& bucket, double lr, double gradient_scale) {
 }
 
 void ZeroOptimizer::UpdateOnHost(const UpdateRule::Shard& shard, double lr, double gradient_scale) {
+  const Tensor gradient = Fetch(*host_, shard.gradient);
   // A rule that has a master only writes the parameter.
-  const Tensor value = Fetch(*host_, shard.parameter), gradient = Fetch(*host_, shard.gradient);
+  const Tensor value =
+      shard.master ? OnHost(*host_, shard.parameter) : Fetch(*host_, shard.parameter);
   UpdateRule::Shard host = shard;
   host.parameter = value.view();
   host.gradient = gradient.view();

@@ -15,13 +15,6 @@ namespace {
 
 using namespace testing;  // NOLINT: all of parity.h
 
-struct Layout {
-  std::string name;
-  int ranks;
-  std::function<void(Recipe&)> change;
-  int64_t micro_batches = 1;
-};
-
 std::vector<Layout> Layouts() {
   const auto none = [](Recipe&) {};
   return {
@@ -77,18 +70,9 @@ void CheckLayouts(const char* model, size_t step) {
   Recipe recipe = {.model = model, .steps = 2, .unclipped = true};
   recipe.layers = 4;
   const Outcome one = OneRank(recipe);
-  const std::vector<Layout> layouts = Layouts();
-  for (size_t i = 0; i < layouts.size(); i += step) {
-    const Layout& layout = layouts[i];
-    SCOPED_TRACE(std::string(model) + " " + layout.name);
-    Recipe there = recipe;
-    layout.change(there);
-    // Cuts no number of rows here evenly.
-    there.mlp_chunk_rows = 7;
-    RunThreadRanks(layout.ranks, 1, [&](Communicator& c) {
-      Compare(there, one, Train(there, c, layout.micro_batches, InOrder()), 1e-10, 1e-10);
-    });
-  }
+  Recipe chunked = recipe;
+  chunked.mlp_chunk_rows = 7;  // cuts no number of rows here evenly
+  CompareLayouts(chunked, one, Layouts(), step);
 }
 
 TEST(ParityChunkedMlp, AnyLayout) { CheckLayouts("llama-gqa-tied", 1); }

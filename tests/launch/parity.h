@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <random>
 #include <string>
@@ -153,13 +154,14 @@ inline std::vector<Batch> Batches(const Recipe& recipe, const TrainingStep& step
   return batches;
 }
 
-inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
-                     const std::vector<int64_t>& order, const TrainingOptions& options) {
+// `batches(step, s)`: this rank's micro-batches of step s.
+template <class F>
+Outcome TrainOnBatches(const Recipe& recipe, Communicator& communicator,
+                       const TrainingOptions& options, F&& batches) {
   TrainingStep step(options, communicator);
   Outcome outcome;
   for (int s = 0; s < recipe.steps; ++s) {
-    const TrainingStep::Result result =
-        step.Run(Batches(recipe, step, s, micro_batches, order), recipe.lr);
+    const TrainingStep::Result result = step.Run(batches(step, s), recipe.lr);
     outcome.losses.push_back(result.loss);
     outcome.norms.push_back(result.grad_norm);
   }
@@ -169,6 +171,13 @@ inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t m
     outcome.parameters.push_back(step.Whole(p));
   }
   return outcome;
+}
+
+inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
+                     const std::vector<int64_t>& order, const TrainingOptions& options) {
+  return TrainOnBatches(recipe, communicator, options, [&](const TrainingStep& step, int64_t s) {
+    return Batches(recipe, step, s, micro_batches, order);
+  });
 }
 
 inline Outcome Train(const Recipe& recipe, Communicator& communicator, int64_t micro_batches,
@@ -257,6 +266,28 @@ inline void Compare(const Recipe& recipe, const Outcome& one, const Outcome& man
     if (IsNoise(one.names[i])) continue;
     EXPECT_LT(ParameterDifference(one.parameters[i], many.parameters[i], recipe.lr), parameter)
         << one.names[i];
+  }
+}
+
+// What a layout changes in a recipe.
+struct Layout {
+  std::string name;
+  int ranks;
+  std::function<void(Recipe&)> change;
+  int64_t micro_batches = 1;
+};
+
+// Every `step`-th layout computes what `one` did: f64.
+inline void CompareLayouts(const Recipe& recipe, const Outcome& one,
+                           const std::vector<Layout>& layouts, size_t step) {
+  for (size_t i = 0; i < layouts.size(); i += step) {
+    const Layout& layout = layouts[i];
+    SCOPED_TRACE(recipe.model + " " + layout.name);
+    Recipe there = recipe;
+    layout.change(there);
+    RunThreadRanks(layout.ranks, 1, [&](Communicator& c) {
+      Compare(there, one, Train(there, c, layout.micro_batches, InOrder()), 1e-10, 1e-10);
+    });
   }
 }
 

@@ -49,9 +49,7 @@ TEST_P(ParityPipeline, Fp64) {
 // Micro-batches of other numbers of rows and other lengths each, one token among them.
 TEST(ParityPipelineRagged, MicroBatchesOfAnyLength) {
   const auto train = [](const Recipe& recipe, Communicator& c) {
-    TrainingStep step(Options(recipe), c);
-    Outcome outcome;
-    for (int64_t s = 0; s < recipe.steps; ++s) {
+    return TrainOnBatches(recipe, c, Options(recipe), [&](const TrainingStep&, int64_t s) {
       std::vector<Batch> batches;
       int64_t row = 0;
       for (const auto& [rows, length] : {std::pair(3, 5), {1, 1}, {7, 2}, {2, 9}, {1, 16}}) {
@@ -62,16 +60,8 @@ TEST(ParityPipelineRagged, MicroBatchesOfAnyLength) {
         row += rows;
         batches.push_back(MakeBatch(s, numbers, of_batch, Model(recipe).vocab));
       }
-      const TrainingStep::Result result = step.Run(batches, recipe.lr);
-      outcome.losses.push_back(result.loss);
-      outcome.norms.push_back(result.grad_norm);
-    }
-    step.optimizer().GatherParameters();
-    for (const auto& p : step.parameters()) {
-      outcome.names.push_back(p.name);
-      outcome.parameters.push_back(step.Whole(p));
-    }
-    return outcome;
+      return batches;
+    });
   };
   Recipe recipe = {.model = "llama-gqa-tied", .steps = 3};
   recipe.layers = 6;
