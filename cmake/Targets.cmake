@@ -89,7 +89,9 @@ function(shoal_cuda_kernels)
   endif()
   file(GLOB sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/cuda/*.cu")
   add_library(kernels_cuda STATIC ${sources})
-  target_link_libraries(kernels_cuda PUBLIC base PRIVATE CUDA::cublasLt CUDA::cudart_static)
+  target_link_libraries(kernels_cuda PUBLIC base PRIVATE CUDA::cudart_static)
+  # Where cublaslt_library.cu finds the library when a process first needs it.
+  target_link_options(kernels_cuda INTERFACE "LINKER:-rpath,${CUDAToolkit_LIBRARY_DIR}")
   # One PTX for both machines: nothing here needs what only sm_90's has, and the front end runs once.
   set_target_properties(kernels_cuda PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 20 POSITION_INDEPENDENT_CODE ON)
   target_compile_options(kernels_cuda PRIVATE
