@@ -5,6 +5,7 @@
 #include <queue>
 #include <unordered_set>
 
+#include "core/keep.h"
 #include "core/placement_rules.h"
 #include "kernels/elementwise.h"
 
@@ -74,6 +75,7 @@ Tensor Record(const char* name, Tensor out, const std::vector<Tensor>& inputs,
   out.set_placement(options.placement ? *options.placement
                                       : UniformPlacement(name, inputs, options.linear));
   PlaceKept(inputs, out, kept);
+  KeepScope::Recorded(name, out, kept);
   if (!WantsGradient(inputs)) return out;
   auto node =
       std::make_shared<Node>(name, out.shape(), options.gradient_dtype.value_or(out.dtype()));

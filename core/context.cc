@@ -41,6 +41,11 @@ ExecutionContext& ExecutionContext::Current() {
   return *process_default;
 }
 
+ExecutionContext& ExecutionContext::Idle() {
+  thread_local ExecutionContext idle(Device{DeviceType::kMeta});
+  return idle;
+}
+
 ContextScope::ContextScope(ExecutionContext& context) : previous_(current) { current = &context; }
 ContextScope::~ContextScope() { current = previous_; }
 

@@ -158,7 +158,8 @@ Tensor Tensor::To(DType dtype, MemoryClass memory_class) const {
 
 void Tensor::CopyFrom(const Tensor& source) const {
   if constexpr (kHaveCuda) {
-    if (device() != source.device()) return CopyAcross(source);
+    const bool counting = ExecutionContext::Current().stream().counting();
+    if (device() != source.device() && !counting) return CopyAcross(source);
   }
   kernels::Copy(ExecutionContext::Current().stream(), view(), source.view());
 }

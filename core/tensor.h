@@ -1,6 +1,7 @@
 // A strided array in ref-counted storage. Copying a Tensor shares it.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -27,7 +28,8 @@ class Storage {
         memory_class_(memory_class),
         label_(label),
         allocator_(std::move(allocator)),
-        device_(device) {}
+        device_(device),
+        written_(Now() + 1) {}
   ~Storage() { Release(); }
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
@@ -53,7 +55,15 @@ class Storage {
   MemoryClass memory_class() const { return memory_class_; }
   Device device() const { return device_; }
 
+  // A clock of the process that goes on with each op that writes its result.
+  static uint64_t Now() { return clock_.load(std::memory_order_relaxed); }
+  // When it was made or, if that was later, an op's result was last written to it.
+  uint64_t written() const { return written_; }
+  void Written() { written_ = clock_.fetch_add(1, std::memory_order_relaxed) + 1; }
+
  private:
+  static inline std::atomic<uint64_t> clock_{0};
+
   void* data_ = nullptr;
   bool pending_ = false;
   size_t bytes_;
@@ -61,6 +71,7 @@ class Storage {
   BlockLabel label_;  // of every block that it obtains
   std::shared_ptr<Allocator> allocator_;
   Device device_;
+  uint64_t written_;
   std::function<void()> restore_;
 };
 

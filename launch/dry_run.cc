@@ -140,8 +140,9 @@ double RecomputeCost(const TrainingOptions& options, const TrainingOptions::Reco
   // Norms and activation functions read and write.
   const double touched = 4 * h + (gated ? 3 : 2) * f;
   const double selective = kFlopsPerByte * touched * static_cast<double>(SizeOf(options.compute));
-  // The forward without attention, which is kept.
-  const double full = 2 * (h * heads + (gated ? 3 : 2) * h * f) + selective;
+  // The forward without attention, which is kept, and without what comes behind the activation
+  // function, which no backward reads.
+  const double full = 2 * (h * heads + (gated ? 2 : 1) * h * f) + selective;
   return blocks.full * full + blocks.selective * selective;
 }
 

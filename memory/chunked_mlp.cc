@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/keep.h"
 #include "core/placement_rules.h"
 #include "kernels/elementwise.h"
 
@@ -122,6 +123,7 @@ class ChunkedForward {
     Tensor out;
     {
       const NoGrad no_grad;
+      const KeepScope one_op(nullptr, false);
       for (const Chunk& chunk : chunks) {
         Announce(chunk.all);
         const Tensor part = forward(RowsOf(in.Detached(), placement, chunk));

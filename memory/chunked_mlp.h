@@ -1,7 +1,8 @@
 // A module over chunks of its input's rows: of what it computes between input and result, only one
 // chunk's exists at a time (TiledMLP of ALST, arXiv 2506.13996). Forward keeps the input alone, and
 // backward computes each chunk again, so that activations of an MLP's width grow with the chunk and
-// not with the sequence. The price is one more forward of the module, with its communication.
+// not with the sequence. The price is one more forward of the module, with its communication; where
+// its block is computed again anyhow (memory/recompute.h) that is the only second one.
 #pragma once
 
 #include "core/module.h"

@@ -1,7 +1,8 @@
 // Activation recomputation. Full (Chen et al., arXiv 1604.06174): a module keeps its input alone,
 // and its forward is run again when its gradient is needed. Attention keeps its output and its row
-// statistics too (core/keep.h): the dearest part is computed once. Dropout replays exactly, since
-// its mask is a function of token and column.
+// statistics too (core/keep.h): the dearest part is computed once. Of a block's forward all is run
+// again but the MLP's last product and what follows it, its sum over tensor-parallel ranks too.
+// Dropout replays exactly, since its mask is a function of token and column.
 //
 // Selective, after Korthikanti et al. (arXiv 2205.05198, section 5), for attention that keeps no
 // scores: only what is cheap per byte is computed again, the results of norms and activation

@@ -117,6 +117,7 @@ int64_t Communicator::CheckPieces(const char* op, std::span<const View> pieces) 
 }
 
 bool Communicator::Count(int64_t bytes, Traffic traffic, const View& like) {
+  if (ExecutionContext::Current().idle()) return false;
   wire_bytes_[static_cast<size_t>(traffic)] += bytes;
   return like.device.type != DeviceType::kMeta;
 }

@@ -81,6 +81,38 @@ TEST(Recompute, WhatIsKept) {
   }
 }
 
+// Of the two sums of a block over tensor-parallel ranks, and the two of its backward, the replay
+// needs the first: behind the second is nothing that a backward reads.
+TEST(Recompute, EndsBeforeTheSumBehindTheMlp) {
+  for (const bool sequence_parallel : {false, true}) {
+    for (const char* model : {"llama", "gpt2"}) {
+      Recipe recipe = {.model = model, .dtype = DType::kF32, .steps = 1, .tp = 2};
+      recipe.sequence_parallel = sequence_parallel;
+      const auto per_block = [&](bool recompute) {
+        recipe.recompute = recompute;
+        const auto sent = [&](int layers) {
+          recipe.layers = layers;
+          int64_t bytes = 0;
+          RunThreadRanks(2, 1, [&](Communicator& c) {
+            TrainingStep step(Options(recipe), c);
+            step.Run(Batches(recipe, step, 0, 1, InOrder()), recipe.lr);
+            if (c.rank() == 0) bytes = step.wire_bytes(MeshAxis::kTp);
+          });
+          return bytes;
+        };
+        return sent(3) - sent(2);
+      };
+      const int64_t kept = per_block(false), again = per_block(true);
+      // With split norms a sum is two halves, of which the MLP needs its gather, too; and what the
+      // ranks add to a norm's gradients is summed.
+      const int64_t norms = std::string(model) == "llama" ? 2 : 4;
+      const int64_t sums = kept - (sequence_parallel ? norms * 4 * Model(recipe).d_model : 0);
+      EXPECT_GT(sums, 0);
+      EXPECT_EQ(8 * (again - kept), (sequence_parallel ? 3 : 2) * sums) << model;
+    }
+  }
+}
+
 // `auto` fits the budget, and no choice that fits is cheaper; what a run takes is what was
 // foreseen.
 TEST(Recompute, AutoIsTheCheapestThatFits) {
