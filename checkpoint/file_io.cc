@@ -100,10 +100,13 @@ File File::OpenToAppend(const std::string& path) {
 
 File::~File() {
   if (file_ >= 0) close(file_);
+  if (direct_ >= 0) close(direct_);
 }
 
 File::File(File&& other) noexcept
-    : path_(std::move(other.path_)), file_(std::exchange(other.file_, -1)) {}
+    : path_(std::move(other.path_)),
+      file_(std::exchange(other.file_, -1)),
+      direct_(std::exchange(other.direct_, kNotOpen)) {}
 
 int64_t File::size() const {
   struct stat info = {};
@@ -159,9 +162,26 @@ void File::Write(const void* data, int64_t bytes, int64_t at, const FullDisk& fu
   });
 }
 
-void File::BeginFlush(int64_t at, int64_t bytes) const {
-  // A hint: Flush waits for it, and says what went wrong.
-  sync_file_range(file_, at, bytes, SYNC_FILE_RANGE_WRITE);
+void File::WriteDirect(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk) {
+  const bool aligned =
+      at % kDirectBytes == 0 && reinterpret_cast<uintptr_t>(data) % kDirectBytes == 0;
+  if (aligned && direct_ == kNotOpen) {
+    direct_ = open(path_.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC);
+    if (direct_ < 0) direct_ = kNotPossible;
+  }
+  PutAll(bytes, full_disk, [&](int64_t done) {
+    const char* from = static_cast<const char*>(data) + done;
+    const auto left = static_cast<size_t>(bytes - done), pages = left / kDirectBytes * kDirectBytes;
+    if (direct_ >= 0 && aligned && done % kDirectBytes == 0 && pages > 0) {
+      const ssize_t n = pwrite(direct_, from, pages, at + done);
+      if (n >= 0 || errno != EINVAL) return n;
+      close(std::exchange(direct_, kNotPossible));  // the disk's blocks are larger than that
+    }
+    const ssize_t n = pwrite(file_, from, left, at + done);
+    // A hint: Flush waits for it, and says what went wrong.
+    if (n > 0) sync_file_range(file_, at + done, n, SYNC_FILE_RANGE_WRITE);
+    return n;
+  });
 }
 
 void File::Append(const void* data, int64_t bytes, const FullDisk& full_disk) {

@@ -39,8 +39,12 @@ class File {
   void Write(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk);
   // Where the last one ended; at the end of a file that was opened to append.
   void Append(const void* data, int64_t bytes, const FullDisk& full_disk);
-  void BeginFlush(int64_t at, int64_t bytes) const;  // of what is written, behind its back
-  void Flush() const;                                // to the disk
+  // The same, by the disk itself where the file system lets it read `data`: whole pages whose place
+  // in memory and in the file is a multiple of kDirectBytes. A copy through the system's cache
+  // takes more of a processor than all else in a save. What cannot go this way is sent to the disk
+  // at once, too. For one thread at a time.
+  void WriteDirect(const void* data, int64_t bytes, int64_t at, const FullDisk& full_disk);
+  void Flush() const;  // to the disk
 
  private:
   File(std::string path, int file) : path_(std::move(path)), file_(file) {}
@@ -49,6 +53,10 @@ class File {
 
   std::string path_;
   int file_;
+  int direct_ = kNotOpen;  // the same file, past the cache
+  static constexpr int kNotOpen = -1, kNotPossible = -2;
 };
+
+inline constexpr int64_t kDirectBytes = 4096;
 
 }  // namespace shoal

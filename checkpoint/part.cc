@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <future>
+#include <map>
+#include <utility>
 
+#include "checkpoint/behind.h"
 #include "core/base/error.h"
 
 namespace shoal {
@@ -47,76 +51,129 @@ PartPlan PlanPart(int rank, const StateDict& state) {
     SHOAL_CHECK(entry.tensor.contiguous(), "checkpoint", "{} is not contiguous", entry.name);
     plan.pieces.push_back(PieceOf(entry));
     plan.arrays.push_back({entry.name, entry.tensor.dtype(), {plan.pieces.back().count}});
-    plan.data_bytes += plan.arrays.back().bytes();
   }
-  if (!plan.arrays.empty()) plan.layout = LayOutHdf5(plan.arrays);
+  if (plan.arrays.empty()) return plan;
+  plan.layout = LayOutHdf5(plan.arrays);
+  std::map<int64_t, PartPlan::Stretch> by_place;
+  std::vector<Extent> arrays;
+  for (size_t i = 0; i < plan.arrays.size(); ++i) {
+    const Extent extent = {plan.layout.offsets[i], plan.arrays[i].bytes()};
+    if (extent.bytes > 0) by_place[extent.at] = {extent.bytes, static_cast<int>(i)};
+    arrays.push_back(extent);
+  }
+  for (const Extent& gap : Gaps(std::move(arrays), plan.layout.size))
+    by_place[gap.at] = {gap.bytes, -1};
+  for (const auto& [at, stretch] : by_place) plan.stretches.push_back(stretch);
   return plan;
+}
+
+PartImage::PartImage(const PartPlan& plan, const StateDict& state) {
+  SHOAL_CHECK(state.size() == plan.arrays.size(), "checkpoint", "{} tensors, {} were planned",
+              state.size(), plan.arrays.size());
+  for (size_t i = 0; i < state.size(); ++i) {
+    const Tensor& tensor = state[i].tensor;
+    const Hdf5Array& array = plan.arrays[i];
+    SHOAL_CHECK(state[i].name == array.name && tensor.dtype() == array.dtype &&
+                    tensor.numel() == array.shape.numel() && tensor.contiguous(),
+                "checkpoint", "{} is not as it was planned", state[i].name);
+  }
+  const char* frame = plan.layout.frame.data();
+  for (const auto& [bytes, array] : plan.stretches) {
+    const char* data = array < 0 ? std::exchange(frame, frame + bytes)
+                                 : state[static_cast<size_t>(array)].tensor.view().as<const char>();
+    sources_.emplace_back(data, bytes);
+    left_ += bytes;
+  }
+}
+
+int64_t PartImage::Next(char* to, int64_t bytes) {
+  int64_t copied = 0;
+  while (copied < bytes && source_ < sources_.size()) {
+    const auto [data, size] = sources_[source_];
+    const int64_t count = std::min(bytes - copied, size - done_);
+    std::memcpy(to + copied, data + done_, static_cast<size_t>(count));
+    copied += count;
+    done_ += count;
+    if (done_ < size) continue;
+    done_ = 0;
+    ++source_;
+  }
+  left_ -= copied;
+  return copied;
 }
 
 PartFile::PartFile(const std::string& partial, const PartPlan& plan, const FullDisk& full_disk)
     : plan_(plan), full_disk_(full_disk) {
+  for (size_t i = 0; i < plan.arrays.size(); ++i) {
+    const Hdf5Array& array = plan.arrays[i];
+    part_.tensors[array.name] = {array.dtype,
+                                 plan.pieces[i].global,
+                                 {{plan.pieces[i], plan.file, plan.layout.offsets[i], {}}}};
+  }
   if (plan.arrays.empty()) return;
   std::error_code error;
   std::filesystem::create_directory(partial, error);
   if (error) FailFile(partial, "cannot be created: " + error.message());
   file_ = std::make_unique<File>(File::Create(partial + "/" + plan.file));
   file_->Reserve(plan.layout.size, full_disk_);
-  std::vector<Extent> arrays;
-  for (size_t i = 0; i < plan.arrays.size(); ++i)
-    arrays.push_back({plan.layout.offsets[i], plan.arrays[i].bytes()});
-  const char* frame = plan.layout.frame.data();
-  for (const Extent& gap : Gaps(std::move(arrays), plan.layout.size)) {
-    file_->Write(frame, gap.bytes, gap.at, full_disk_);
-    frame += gap.bytes;
-  }
   part_.files[plan.file] = {plan.layout.size, Digest(plan.layout.frame)};
 }
 
-void PartFile::Append(const void* data, int64_t bytes) {
-  const char* next = static_cast<const char*>(data);
+void PartFile::Append(const char* data, int64_t bytes) {
+  // The disk works while digests are taken.
+  std::future<void> write = Behind([&] { file_->WriteDirect(data, bytes, written_, full_disk_); });
+  TakeDigests(data, bytes);
+  write.get();
+  written_ += bytes;
+}
+
+void PartFile::TakeDigests(const char* data, int64_t bytes) {
   while (bytes > 0) {
-    PassEmpty();
-    SHOAL_CHECK(array_ < plan_.arrays.size(), "checkpoint", "{} bytes belong to no array", bytes);
+    SHOAL_CHECK(stretch_ < plan_.stretches.size(), "checkpoint", "{} bytes too many", bytes);
+    const auto [size, array] = plan_.stretches[stretch_];
     // Up to the end of the array, and of the chunk.
-    const int64_t count =
-        std::min({bytes, plan_.arrays[array_].bytes() - done_, kChunkBytes - done_ % kChunkBytes});
-    AppendToArray(next, count);
-    next += count;
+    const int64_t chunk = array < 0 ? size : kChunkBytes - done_ % kChunkBytes;
+    const int64_t count = std::min({bytes, size - done_, chunk});
+    if (array >= 0) AddToArray(static_cast<size_t>(array), data, count);
+    data += count;
     bytes -= count;
+    done_ += count;
+    if (done_ < size) continue;
+    done_ = 0;
+    ++stretch_;
   }
 }
 
-void PartFile::AppendToArray(const char* data, int64_t bytes) {
-  const Hdf5Array& array = plan_.arrays[array_];
-  const int64_t at = plan_.layout.offsets[array_] + done_;
-  file_->Write(data, bytes, at, full_disk_);
-  // The disk works while digests are taken, and not only at the end.
-  if (bytes > 0) file_->BeginFlush(at, bytes);
+// What follows done_ bytes of it, of one chunk.
+void PartFile::AddToArray(size_t array, const char* data, int64_t bytes) {
+  const auto& [name, dtype, shape] = plan_.arrays[array];
   digest_.Add(data, bytes);
-  if (non_finite_.empty() && AnyNonFinite(array.dtype, data, bytes)) non_finite_ = array.name;
-  done_ += bytes;
-  const bool ends = done_ == array.bytes();
-  if (!ends && done_ % kChunkBytes != 0) return;
-  if (bytes > 0) digests_.push_back(digest_.Take());
-  if (!ends) return;
-  part_.tensors[array.name] = {array.dtype, plan_.pieces[array_].global, {}};
-  part_.tensors[array.name].pieces.push_back(
-      {plan_.pieces[array_], plan_.file, plan_.layout.offsets[array_], std::move(digests_)});
-  digests_.clear();
-  done_ = 0;
-  ++array_;
+  if (non_finite_.empty() && !Finite(dtype, data, bytes)) non_finite_ = name;
+  const int64_t end = done_ + bytes;
+  if (end == plan_.arrays[array].bytes() || end % kChunkBytes == 0)
+    part_.tensors[name].pieces[0].digests.push_back(digest_.Take());
 }
 
-void PartFile::PassEmpty() {
-  while (array_ < plan_.arrays.size() && plan_.arrays[array_].bytes() == 0)
-    AppendToArray(nullptr, 0);
+bool PartFile::Finite(DType dtype, const char* data, int64_t bytes) {
+  const auto size = static_cast<int64_t>(SizeOf(dtype));
+  const int64_t before = done_ % size;
+  bool finite = true;
+  if (before > 0) {
+    const int64_t count = std::min(size - before, bytes);
+    std::memcpy(element_ + before, data, static_cast<size_t>(count));
+    if (before + count == size) finite = !AnyNonFinite(dtype, element_, size);
+    data += count;
+    bytes -= count;
+  }
+  const int64_t whole = bytes / size * size;
+  if (bytes > whole) std::memcpy(element_, data + whole, static_cast<size_t>(bytes - whole));
+  return finite && !AnyNonFinite(dtype, data, whole);
 }
 
 std::string PartFile::Finish() {
-  PassEmpty();
+  SHOAL_CHECK(written_ == plan_.layout.size, "checkpoint", "{} of {} bytes were written", written_,
+              plan_.layout.size);
   if (file_ != nullptr) file_->Flush();
-  SHOAL_CHECK(array_ == plan_.arrays.size(), "checkpoint", "{} of {} arrays were written", array_,
-              plan_.arrays.size());
   return PartToText(part_);
 }
 

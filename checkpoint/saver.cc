@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint/behind.h"
 #include "checkpoint/store.h"
 #include "core/base/error.h"
 
@@ -21,15 +22,6 @@ namespace {
 template <class T>
 bool Ready(const std::future<T>& future) {
   return future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
-}
-
-// A thread of this rank; its errors name it.
-template <class F>
-auto Behind(F f) {
-  return std::async(std::launch::async, [rank = ThreadRank(), f = std::move(f)] {
-    SetThreadRank(rank);
-    return f();
-  });
 }
 
 // Of the calling thread, which then takes what computation leaves of the cores; a hint.
@@ -129,23 +121,13 @@ struct Saver::Staging {
     return cancelled;
   }
 
-  // Copies everything, in the order of the plan. A slot ends between two elements.
-  void CopyAll(const std::vector<std::pair<const char*, int64_t>>& sources) {
-    Slot slot;
-    for (auto [data, bytes] : sources) {
-      while (bytes > 0) {
-        if (slot.data == nullptr && !TakeFree(&slot)) return;
-        int64_t count = std::min(bytes, slot_bytes - slot.bytes);
-        if (count < bytes) count = count / 8 * 8;
-        std::memcpy(slot.data + slot.bytes, data, static_cast<size_t>(count));
-        slot.bytes += count;
-        data += count;
-        bytes -= count;
-        if (bytes == 0 && slot.bytes < slot_bytes) continue;
-        Fill(std::exchange(slot, Slot()));
-      }
+  void CopyAll(PartImage image) {
+    while (image.left() > 0) {
+      Slot slot;
+      if (!TakeFree(&slot)) return;
+      slot.bytes = image.Next(slot.data, slot_bytes);
+      Fill(slot);
     }
-    if (slot.data != nullptr) Fill(slot);
     Complete();
   }
 
@@ -167,16 +149,18 @@ Saver::~Saver() {
   // The futures wait for their threads.
 }
 
-// Of whole elements of any dtype.
+// In pages, as the disk takes them, if there is room for some.
 int64_t Saver::slot_bytes() const {
-  return std::clamp(std::min(options_.staging / 2, plan_.data_bytes + 63) / 64 * 64, int64_t{64},
-                    kChunkBytes);
+  const int64_t most = std::min(options_.staging / 2, kChunkBytes);
+  const int64_t unit = most < kDirectBytes ? 64 : kDirectBytes;
+  const int64_t file = (plan_.layout.size + unit - 1) / unit * unit;
+  return std::max(std::min(most, file) / unit * unit, unit);
 }
 
 // Two slots at least: one is written while the next is filled.
 int64_t Saver::staging_bytes() const {
   const int64_t slot = slot_bytes();
-  return slot * std::clamp(options_.staging / slot, int64_t{2}, plan_.data_bytes / slot + 2);
+  return slot * std::clamp(options_.staging / slot, int64_t{2}, plan_.layout.size / slot + 2);
 }
 
 void Saver::Warm() {
@@ -190,24 +174,15 @@ void Saver::Warm() {
 
 void Saver::Begin(int64_t step, const StateDict& state) {
   SHOAL_CHECK(staging_ == nullptr && !part_.valid(), "checkpoint", "a save is still under way");
-  SHOAL_CHECK(state.size() == plan_.arrays.size(), "checkpoint", "{} tensors, {} were planned",
-              state.size(), plan_.arrays.size());
-  std::vector<std::pair<const char*, int64_t>> sources;
-  for (size_t i = 0; i < state.size(); ++i) {
-    const Tensor& tensor = state[i].tensor;
-    const Hdf5Array& array = plan_.arrays[i];
-    SHOAL_CHECK(state[i].name == array.name && tensor.dtype() == array.dtype &&
-                    tensor.numel() == array.shape.numel() && tensor.contiguous(),
-                "checkpoint", "{} is not as it was planned", state[i].name);
-    sources.emplace_back(tensor.view().as<const char>(), array.bytes());
-  }
+  PartImage image(plan_, state);
   staging_ = std::make_shared<Staging>(
       memory_ != nullptr ? memory_ : std::make_shared<Memory>(staging_bytes()), slot_bytes());
   state_ = state;
-  copied_ =
-      Behind([staging = staging_, sources = std::move(sources)] { staging->CopyAll(sources); });
+  copied_ = Behind([staging = staging_, image = std::move(image)]() mutable {
+    staging->CopyAll(std::move(image));
+  });
   // Where nobody waits for what is written.
-  const bool unhurried = staging_bytes() >= plan_.data_bytes;
+  const bool unhurried = staging_bytes() >= plan_.layout.size;
   part_ = Behind([this, step, unhurried, staging = staging_] {
     if (unhurried) GiveWay();
     try {

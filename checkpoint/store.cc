@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <set>
 
@@ -74,8 +76,14 @@ std::string WritePart(const std::string& directory, int64_t step, int rank,
                       const StateDict& state) {
   const PartPlan plan = PlanPart(rank, state);
   PartFile file(PartialSave(directory, step), plan, {});
-  for (const StateEntry& entry : state)
-    file.Append(entry.tensor.view().data, static_cast<int64_t>(entry.tensor.bytes()));
+  PartImage image(plan, state);
+  struct Free {
+    void operator()(char* data) const { std::free(data); }
+  };
+  const auto size = static_cast<size_t>(kChunkBytes);
+  const std::unique_ptr<char, Free> chunk(
+      static_cast<char*>(std::aligned_alloc(kDirectBytes, size)));
+  while (image.left() > 0) file.Append(chunk.get(), image.Next(chunk.get(), kChunkBytes));
   return file.Finish();
 }
 

@@ -409,7 +409,8 @@ TEST_F(Store, AWriterWaitsForSpace) {
   };
   BeginSave(directory_, 1);
   PartFile file(PartialSave(directory_, 1), plan, full_disk);
-  file.Append(state[0].tensor.view().data, static_cast<int64_t>(state[0].tensor.bytes()));
+  std::string bytes(static_cast<size_t>(plan.layout.size), 0);
+  file.Append(bytes.data(), PartImage(plan, state).Next(bytes.data(), plan.layout.size));
   VerifySave(CommitSave(directory_, {1, 0, "", ""}, {file.Finish()}));
   ASSERT_EQ(warnings.size(), 2u);
   EXPECT_NE(warnings[0].find("0.2 MB are to be written"), std::string::npos) << warnings[0];

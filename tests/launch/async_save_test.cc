@@ -67,7 +67,7 @@ class AsyncSave : public ::testing::Test {
       for (int s = 2; s < 5; ++s) run(s);
       commit("behind", saver.TakePart());
       EXPECT_LE(saver.peak_staged(), kStaging);
-      if (saver.plan().data_bytes > kStaging) {
+      if (saver.plan().layout.size > kStaging) {
         EXPECT_GE(saver.peak_staged(), kStaging / 2);
       }
     });
@@ -161,7 +161,7 @@ TEST_F(AsyncSave, StagingIsTouchedBeforehand) {
   const StateDict state = {{"w", values, {int64_t{8} << 20}, {0}}};
   Saver saver(directory_ / "behind", PlanPart(0, state), {.staging = int64_t{64} << 20});
   const int64_t before = resident(), staging = saver.staging_bytes();
-  EXPECT_GE(staging, saver.plan().data_bytes);
+  EXPECT_GE(staging, saver.plan().layout.size);
   saver.Warm();
   for (int tries = 0; tries < 2000 && resident() < before + staging * 9 / 10; ++tries)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
