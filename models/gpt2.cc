@@ -19,13 +19,12 @@ std::vector<std::shared_ptr<Block>> Blocks(const ModelConfig& config) {
 
 }  // namespace
 
-Gpt2::Gpt2(const ModelConfig& config)
-    : LanguageModel(config, Blocks(config),
-                    std::make_shared<LayerNorm>(config.d_model, config.norm_eps)) {
+Gpt2::Gpt2(const ModelConfig& config) : LanguageModel(config) {
   AddChild(
       "position", position_,
       std::make_shared<Embedding>(config.context, config.d_model, "position", InitialWeights()));
   AddChild("embed_dropout", embed_dropout_, std::make_shared<Dropout>(config.dropout, "embed"));
+  AddBlocks(Blocks(config), std::make_shared<LayerNorm>(config.d_model, config.norm_eps));
 }
 
 void Gpt2::Keep(const std::vector<bool>& segments) {

@@ -9,16 +9,19 @@ BlockList::BlockList(std::vector<std::shared_ptr<Block>> blocks) : blocks_(block
     AddChild(std::to_string(i), blocks_[i], std::move(blocks[i]));
 }
 
-LanguageModel::LanguageModel(const ModelConfig& config, std::vector<std::shared_ptr<Block>> blocks,
-                             std::shared_ptr<UnaryModule> norm)
-    : config_(config) {
+LanguageModel::LanguageModel(const ModelConfig& config) : config_(config) {
   AddChild("embed", embed_,
            std::make_shared<Embedding>(config.vocab, config.d_model, "vocab", InitialWeights()));
+}
+
+void LanguageModel::AddBlocks(std::vector<std::shared_ptr<Block>> blocks,
+                              std::shared_ptr<UnaryModule> norm) {
   AddChild("blocks", blocks_, std::make_shared<BlockList>(std::move(blocks)));
   AddChild("norm", norm_, std::move(norm));
-  if (!config.tied) {
-    AddChild("head", head_,
-             std::make_shared<Embedding>(config.vocab, config.d_model, "vocab", InitialWeights()));
+  if (!config_.tied) {
+    AddChild(
+        "head", head_,
+        std::make_shared<Embedding>(config_.vocab, config_.d_model, "vocab", InitialWeights()));
   }
   AddChild("loss", loss_, std::make_shared<LmLoss>());
 }

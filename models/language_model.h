@@ -48,8 +48,10 @@ class LanguageModel : public Module {
   KvCache MakeCache(int64_t batch, int64_t capacity, DType dtype) const;
 
  protected:
-  LanguageModel(const ModelConfig& config, std::vector<std::shared_ptr<Block>> blocks,
-                std::shared_ptr<UnaryModule> norm);
+  // Children stand in the order in which forward uses them, which is the reverse of that in which
+  // gradients come: what a family embeds with beside the tokens comes before the blocks.
+  explicit LanguageModel(const ModelConfig& config);
+  void AddBlocks(std::vector<std::shared_ptr<Block>> blocks, std::shared_ptr<UnaryModule> norm);
 
  private:
   ModelConfig config_;

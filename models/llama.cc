@@ -17,8 +17,8 @@ std::vector<std::shared_ptr<Block>> Blocks(const ModelConfig& config) {
 
 }  // namespace
 
-Llama::Llama(const ModelConfig& config)
-    : LanguageModel(config, Blocks(config),
-                    std::make_shared<RmsNorm>(config.d_model, config.norm_eps)) {}
+Llama::Llama(const ModelConfig& config) : LanguageModel(config) {
+  AddBlocks(Blocks(config), std::make_shared<RmsNorm>(config.d_model, config.norm_eps));
+}
 
 }  // namespace shoal
