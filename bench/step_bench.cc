@@ -47,7 +47,7 @@ struct Options {
   double attention_dropout = 0;
   int threads = 0, steps = 10, warmup = 2, tp = 1, cp = 1, zero_stage = 0;
   int64_t bucket_bytes = ZeroOptions().bucket_bytes;
-  bool in_backward = false, partition_activations = false;
+  bool in_backward = false, split_master = false, partition_activations = false;
   RunOptions run;
 };
 
@@ -69,6 +69,7 @@ int Measure(const Options& o, Communicator& communicator) {
                            : training.compute;
   training.rule.weight_decay = 0.1;
   training.update_in_backward = o.in_backward;
+  training.split_master = o.split_master;
   training.clip = o.in_backward ? 0 : 1;
   training.compress_activations = ParseActivationFormat(o.compress);
   training.mesh = {.dp = 0, .tp = o.tp, .cp = o.cp};
@@ -155,6 +156,7 @@ int main(int argc, char** argv) {
   app.add_option("--offload-dir", o.offload_dir, "of a file for the optimizer's states");
   app.add_option("--bucket-bytes", o.bucket_bytes, "of gradients that are exchanged together");
   app.add_option("--compress", o.compress)->check(CLI::IsMember({"none", "bf16", "int8"}));
+  app.add_flag("--split-master", o.split_master, "of bf16 parameters");
   app.add_flag("--in-backward", o.in_backward, "updates; without clipping");
   app.add_option("--zero-stage", o.zero_stage);
   app.add_option("--local-ranks", o.run.local_ranks);

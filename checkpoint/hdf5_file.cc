@@ -71,6 +71,8 @@ hid_t FileType(DType dtype) {
       return H5T_STD_I64LE;
     case DType::kI8:
       return H5T_STD_I8LE;
+    case DType::kI16:
+      return H5T_STD_I16LE;
     case DType::kU8:
       break;
   }

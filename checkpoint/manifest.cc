@@ -72,7 +72,7 @@ class Reader {
   }
 
   DType DTypeOf(const std::string& name) const {
-    for (int i = 0; i <= static_cast<int>(DType::kU8); ++i) {
+    for (int i = 0; i <= static_cast<int>(DType::kI16); ++i) {
       if (name == Name(static_cast<DType>(i))) return static_cast<DType>(i);
     }
     FailFile(path_, "names an unknown dtype " + name);

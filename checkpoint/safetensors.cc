@@ -25,7 +25,7 @@ constexpr std::array kTypes = {Type{"F64", 8, DType::kF64},     Type{"F32", 4, D
                                Type{"F16", 2, DType::kF16},     Type{"BF16", 2, DType::kBF16},
                                Type{"I64", 8, DType::kI64},     Type{"I32", 4, DType::kI32},
                                Type{"I8", 1, DType::kI8},       Type{"U8", 1, DType::kU8},
-                               Type{"BOOL", 1, std::nullopt},   Type{"I16", 2, std::nullopt},
+                               Type{"BOOL", 1, std::nullopt},   Type{"I16", 2, DType::kI16},
                                Type{"U16", 2, std::nullopt},    Type{"U32", 4, std::nullopt},
                                Type{"U64", 8, std::nullopt},    Type{"F8_E4M3", 1, std::nullopt},
                                Type{"F8_E5M2", 1, std::nullopt}};

@@ -14,8 +14,11 @@ struct AdamWOptions {
 // AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, decay scaled by lr as in PyTorch):
 //   m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 //   p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-// All are flat [n]. m, v f32 (f64 for f64). gradient: any float dtype. master f32 holds the exact
-// parameter when `parameter` is bf16 and is absent ({}) otherwise.
+// All are flat [n]. m, v f32 (f64 for f64). gradient: any float dtype. A parameter of bf16 has a
+// master, which others lack ({}): f32, the exact parameter; or i16, what the exact parameter is
+// beside `parameter` (Split in core/base/float_types.h), which is read then, too. That takes two
+// bytes less (Split-SGD-BF16: Kalamkar et al., arXiv 2005.04680, which truncates where this
+// rounds); both give the same exact parameters, and models see the same but where they are ties.
 SHOAL_KERNEL(AdamW,
              (const Stream& stream, const View& parameter, const View& master, const View& m,
               const View& v, const View& gradient, const AdamWOptions& options),

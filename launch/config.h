@@ -64,6 +64,7 @@ struct OptimConfig {
   double decay_fraction = 0.2;
   std::string non_finite = "halt";
   bool in_backward = false;
+  std::string master = "whole";
   bool operator==(const OptimConfig&) const = default;
 };
 

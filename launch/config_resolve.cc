@@ -242,6 +242,11 @@ void CheckSupported(const Config& config) {
                "optim.clip {} and optim.non_finite \"{}\" need: set optim.clip = 0 and "
                "optim.non_finite = \"halt\", or leave optim.in_backward out",
                config.optim.clip, config.optim.non_finite);
+  if (config.optim.master == "split" && p.compute != "bf16")
+    SHOAL_FAIL(ErrorKind::kConfig, "config",
+               "optim.master = \"split\" is of weights in bf16, and precision.compute is \"{}\": "
+               "leave it out",
+               p.compute);
   if (config.zero.contiguous_gradients && (config.zero.stage < 2 || config.optim.in_backward))
     SHOAL_FAIL(ErrorKind::kConfig, "config",
                "zero.contiguous_gradients is of the shares that zero.stage 2 and 3 keep until an "

@@ -139,6 +139,10 @@ std::vector<ConfigKey> BuildSchema() {
           .OneOf({"halt", "skip", "rollback"}),
       KEY(optim, in_backward,
           "update weights inside backward, as soon as their gradients are final, and free these"),
+      KEY(optim, master,
+          "of a bf16 weight: f32 beside it, or its upper half is the weight: 2 bytes less, and "
+          "weights round to nearest with ties away from zero")
+          .OneOf({"whole", "split"}),
 
       KEY(mesh, dp, "data-parallel replicas").In(1, kDegree).LeftOut("fills the ranks there are"),
       KEY(mesh, tp, "tensor-parallel ranks").In(1, kDegree),

@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "checkpoint/masters.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/store.h"
 #include "data/file.h"
@@ -97,21 +98,20 @@ class Exporter {
     for (const HuggingFaceTensor::Part& part : tensor.parts) {
       Dims zero = part.shape;
       for (int d = 0; d < zero.rank(); ++d) zero[d] = 0;
-      parts.push_back({Source(part.name), ours.Narrowed(0, row, part.shape[0]), part.shape, zero});
+      parts.push_back(
+          {"model/" + part.name, ours.Narrowed(0, row, part.shape[0]), part.shape, zero});
       row += part.shape[0];
     }
-    save_.Load(parts);
+    // What is stored, or what that was rounded from.
+    const std::optional<DType> stored = save_.dtype(parts[0].name);
+    if (stored && SizeOf(dtype_) > SizeOf(*stored))
+      LoadExact(save_, parts);
+    else
+      save_.Load(parts);
     return tensor.transposed ? ours.Transposed(0, 1).Clone(MemoryClass::kWorkspace) : ours;
   }
 
  private:
-  // The weights, or what they were rounded from.
-  std::string Source(const std::string& parameter) const {
-    const std::string weight = "model/" + parameter, master = "optim/master/" + parameter;
-    const std::optional<DType> stored = save_.dtype(weight);
-    return stored && SizeOf(dtype_) > SizeOf(*stored) && save_.dtype(master) ? master : weight;
-  }
-
   SaveReader& save_;
   DType dtype_;
 };

@@ -66,6 +66,9 @@ std::vector<Knob> KnobsOf(const Config& config, const TrainingOptions& options,
       "precision.gradients = \"bf16\"", {kGradients, kCommunication},
       [](Config& c) { c.precision.gradients = "bf16"; }, true);
   add(
+      options.compute == DType::kBF16 && !options.split_master, "optim.master = \"split\"",
+      {kOptimizer}, [](Config& c) { c.optim.master = "split"; }, true);
+  add(
       config.memory.compress_activations != "int8", "memory.compress_activations = \"int8\"",
       {kActivations}, [](Config& c) { c.memory.compress_activations = "int8"; }, true);
   add(

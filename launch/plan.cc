@@ -22,11 +22,13 @@ double StateBytes::PerRank(double parameters, int stage, int ranks) const {
 
 StateBytes StatesOf(const TrainingOptions& options) {
   const DType wide = AccumulatorDType(options.compute);
-  const double master = options.compute == wide ? 0 : 1;
-  const double states = static_cast<double>(MakeUpdateRule(options.rule)->states().size());
+  const auto width = static_cast<double>(SizeOf(wide));
+  const double master = options.compute == wide ? 0
+                        : options.split_master  ? static_cast<double>(SizeOf(DType::kI16))
+                                                : width;
+  const auto states = static_cast<double>(MakeUpdateRule(options.rule)->states().size());
   return {static_cast<double>(SizeOf(options.compute)),
-          static_cast<double>(SizeOf(options.gradients)),
-          (master + states) * static_cast<double>(SizeOf(wide))};
+          static_cast<double>(SizeOf(options.gradients)), master + states * width};
 }
 
 PipelineSimulation SimulateStep(const TrainingOptions& options) {

@@ -90,6 +90,7 @@ TrainingOptions MakeTrainingOptions(const Config& config, const BatchPlan& plan)
   // A file has no name: it need not lie in run.dir, which is made last.
   const std::string files = config.zero.offload_dir.value_or(ExistingFolder(config.run.dir));
   options.update_in_backward = config.optim.in_backward;
+  options.split_master = config.optim.master == "split";
   options.contiguous_gradients = config.zero.contiguous_gradients;
   options.offload_host = config.zero.offload == "host";
   if (config.zero.offload == "file") options.offload_dir = files;

@@ -7,6 +7,7 @@
 #include <functional>
 #include <optional>
 
+#include "checkpoint/masters.h"
 #include "core/context.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -248,7 +249,7 @@ void Run::LoadSave() {
                      "Restore it, or start a new run with model.from = \"{}\"",
                      config_.data.path, save);
         }
-        ReadOnHost(step_->State(), [&](const StateDict& state) { LoadState(save, state); });
+        ReadOnHost(step_->State(), [&](const StateDict& state) { LoadRunState(save, state); });
       }));
   step_->optimizer().set_step(info.updates);
   step_->optimizer().ShareValues();

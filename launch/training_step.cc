@@ -145,6 +145,7 @@ TrainingStep::TrainingStep(const TrainingOptions& options, Communicator& world)
   zero.contiguous_gradients = options.contiguous_gradients;
   zero.in_backward = options.update_in_backward;
   zero.compute = options.compute;
+  zero.split_master = options.split_master;
   zero.gradients = options.gradients;
   zero.rule = options.rule;
   const bool one_pass = segments_.size() == 1 && mesh_.shape().pp == 1;

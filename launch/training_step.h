@@ -19,6 +19,7 @@ namespace shoal {
 struct TrainingOptions {
   ModelConfig model;
   DType compute = DType::kF32;  // of parameters and activations; f32 and f64 are their own masters
+  bool split_master = false;    // of parameters; see ZeroOptions
   DType gradients = DType::kF32;  // of parameters' gradients
   UpdateRuleOptions rule;
   double clip = 0;  // global norm; 0: never

@@ -29,7 +29,7 @@ class UpdateRule {
 
   struct Shard {
     View parameter;          // [n], what the model computes with
-    View master;             // [n] f32 if the parameter is narrower than that, else absent
+    View master;             // [n] if the parameter is narrower than f32: f32, or i16 (split)
     std::span<View> states;  // [n] each, in the order of states()
     View gradient;           // [n], any float dtype
     bool decays = false;

@@ -9,7 +9,7 @@
 
 namespace shoal {
 
-enum class DType : uint8_t { kF64, kF32, kBF16, kF16, kI32, kI64, kI8, kU8 };
+enum class DType : uint8_t { kF64, kF32, kBF16, kF16, kI32, kI64, kI8, kU8, kI16 };
 
 constexpr size_t SizeOf(DType dtype) {
   switch (dtype) {
@@ -21,6 +21,7 @@ constexpr size_t SizeOf(DType dtype) {
       return 4;
     case DType::kBF16:
     case DType::kF16:
+    case DType::kI16:
       return 2;
     case DType::kI8:
     case DType::kU8:
@@ -30,7 +31,7 @@ constexpr size_t SizeOf(DType dtype) {
 }
 
 constexpr const char* Name(DType dtype) {
-  constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16", "i32", "i64", "i8", "u8"};
+  constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16", "i32", "i64", "i8", "u8", "i16"};
   return kNames[static_cast<int>(dtype)];
 }
 
@@ -69,6 +70,10 @@ struct DTypeOf<int8_t> {
 template <>
 struct DTypeOf<uint8_t> {
   static constexpr DType value = DType::kU8;
+};
+template <>
+struct DTypeOf<int16_t> {
+  static constexpr DType value = DType::kI16;
 };
 
 // The type that sums of T are held in: at least f32, never narrower than T.
@@ -123,6 +128,8 @@ decltype(auto) VisitAny(DType dtype, F&& f) {
       return f(TypeTag<int64_t>{});
     case DType::kI8:
       return f(TypeTag<int8_t>{});
+    case DType::kI16:
+      return f(TypeTag<int16_t>{});
     case DType::kU8:
       break;
   }

@@ -25,6 +25,23 @@ struct BF16 {
   }
 };
 
+// A float as the BF16 nearest to it (of two that are as near the one of larger magnitude) and the
+// difference of their bits, from which it can be made again exactly. With ties to even, two floats
+// would have the same halves. A NaN becomes the plain one.
+struct SplitFloat {
+  BF16 nearest;
+  int16_t rest;
+};
+constexpr SplitFloat Split(float value) {
+  const uint32_t u = value != value ? 0x7fc00000u : std::bit_cast<uint32_t>(value);
+  const auto upper = static_cast<uint16_t>((u + 0x8000u) >> 16);
+  return {std::bit_cast<BF16>(upper), static_cast<int16_t>(u & 0xffffu)};
+}
+constexpr float Join(BF16 nearest, int16_t rest) {
+  return std::bit_cast<float>((static_cast<uint32_t>(nearest.bits) << 16) +
+                              static_cast<uint32_t>(static_cast<int32_t>(rest)));
+}
+
 // IEEE binary16. Rounds to nearest, ties to even; overflow becomes infinity.
 struct F16 {
   uint16_t bits;

@@ -27,6 +27,53 @@ void VisitState(const View& parameter, const View& gradient, F f) {
   });
 }
 
+// Where the exact parameter is.
+template <class A>
+struct ExactParameter {
+  A* whole;       // it alone, or the master; null if `rest` is there
+  BF16* nearest;  // null without a master
+  int16_t* rest;
+  bool past;  // caches, of `nearest`
+
+  ExactParameter(const View& parameter, const View& master, const View& gradient)
+      : whole(master.dtype == DType::kI16 ? nullptr : (master ? master : parameter).as<A>()),
+        nearest(master ? parameter.as<BF16>() : nullptr),
+        rest(whole ? nullptr : master.as<int16_t>()),
+        past(whole && master && WritesPastCaches(parameter, {&gradient})) {}
+
+  template <class D, class Part>
+  HWY_INLINE hn::Vec<D> Load(D d, int64_t at, Part part) const {
+    if constexpr (std::is_same_v<LaneOf<D>, float>) {
+      if (rest) {
+        const hn::RebindToSigned<D> di;
+        const auto bits = hn::BitCast(di, HWY_NAMESPACE::Load(d, nearest + at, part));
+        return hn::BitCast(
+            d, hn::Add(bits, hn::ConvertTo(di, HWY_NAMESPACE::Load(d, rest + at, part))));
+      }
+    }
+    return HWY_NAMESPACE::Load(d, whole + at, part);
+  }
+
+  template <class D, class Part>
+  HWY_INLINE void Store(D d, hn::Vec<D> v, int64_t at, Part part) const {
+    if constexpr (std::is_same_v<LaneOf<D>, float>) {
+      if (rest) {
+        const hn::RebindToUnsigned<D> du;
+        const hn::RebindToSigned<D> di;
+        const auto nan = hn::Set(du, 0x7fc00000);
+        const auto u = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), nan, hn::BitCast(du, v));
+        const auto upper = hn::And(hn::Add(u, hn::Set(du, 0x8000)), hn::Set(du, 0xffff0000));
+        const auto lower = hn::ConvertTo(d, hn::BitCast(di, hn::Sub(u, upper)));
+        HWY_NAMESPACE::Store(d, hn::BitCast(d, upper), nearest + at, part);
+        HWY_NAMESPACE::Store(d, lower, rest + at, part);
+        return;
+      }
+    }
+    HWY_NAMESPACE::Store(d, v, whole + at, part);
+    if (nearest) HWY_NAMESPACE::Store(d, v, nearest + at, part, past);
+  }
+};
+
 void AdamWImpl(const View& parameter, const View& master, const View& m, const View& v,
                const View& gradient, const AdamWOptions& o) {
   VisitState(parameter, gradient, [&](auto state_tag, auto gradient_tag) {
@@ -35,9 +82,7 @@ void AdamWImpl(const View& parameter, const View& master, const View& m, const V
     using C = ComputeType<A, G>;
     const double t = static_cast<double>(o.step);
     const double correction1 = 1 - std::pow(o.beta1, t), correction2 = 1 - std::pow(o.beta2, t);
-    A* p_data = (master ? master : parameter).as<A>();
-    BF16* shadow = master ? parameter.as<BF16>() : nullptr;
-    const bool past = master && WritesPastCaches(parameter, {&gradient});
+    const ExactParameter<A> exact(parameter, master, gradient);
     A *m_data = m.as<A>(), *v_data = v.as<A>();
     const G* g_data = gradient.as<const G>();
     ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
@@ -55,14 +100,13 @@ void AdamWImpl(const View& parameter, const View& master, const View& m, const V
         const auto v1 =
             hn::MulAdd(hn::Mul(rest2, g), g, hn::Mul(beta2, Load(d, v_data + at, part)));
         const auto denominator = hn::MulAdd(hn::Sqrt(v1), root2, eps);
-        const auto p = hn::NegMulAdd(rate, hn::Div(m1, denominator),
-                                     hn::Mul(keep, Load(d, p_data + at, part)));
+        const auto p =
+            hn::NegMulAdd(rate, hn::Div(m1, denominator), hn::Mul(keep, exact.Load(d, at, part)));
         Store(d, m1, m_data + at, part);
         Store(d, v1, v_data + at, part);
-        Store(d, p, p_data + at, part);
-        if (shadow) Store(d, p, shadow + at, part, past);
+        exact.Store(d, p, at, part);
       });
-      if (past) hwy::FlushStream();
+      if (exact.past) hwy::FlushStream();
     });
   });
 }
@@ -73,9 +117,7 @@ void SgdImpl(const View& parameter, const View& master, const View& momentum, co
     using A = typename decltype(state_tag)::type;
     using G = typename decltype(gradient_tag)::type;
     using C = ComputeType<A, G>;
-    A* p_data = (master ? master : parameter).as<A>();
-    BF16* shadow = master ? parameter.as<BF16>() : nullptr;
-    const bool past = master && WritesPastCaches(parameter, {&gradient});
+    const ExactParameter<A> exact(parameter, master, gradient);
     A* u_data = momentum.as<A>();
     const G* g_data = gradient.as<const G>();
     ParallelFlat(parameter.numel(), [=](int64_t begin, int64_t end) {
@@ -85,17 +127,16 @@ void SgdImpl(const View& parameter, const View& master, const View& momentum, co
       const auto mu = set(o.momentum);
       ForVectors(d, end - begin, [&](int64_t i, auto part) {
         const int64_t at = begin + i;
-        const auto p = Load(d, p_data + at, part);
+        const auto p = exact.Load(d, at, part);
         auto u = hn::MulAdd(decay, p, hn::Mul(scale, Load(d, g_data + at, part)));
         if (u_data) {
           if (!o.first) u = hn::MulAdd(mu, Load(d, u_data + at, part), u);
           Store(d, u, u_data + at, part);
         }
         const auto next = hn::NegMulAdd(lr, u, p);
-        Store(d, next, p_data + at, part);
-        if (shadow) Store(d, next, shadow + at, part, past);
+        exact.Store(d, next, at, part);
       });
-      if (past) hwy::FlushStream();
+      if (exact.past) hwy::FlushStream();
     });
   });
 }
@@ -118,7 +159,11 @@ void CheckFlat(const char* op, const View& parameter, const View& master, const 
   SHOAL_CHECK(static_cast<bool>(master) == needs_master || parameter.numel() == 0, op,
               "a parameter of {} {} a master copy", ::shoal::Name(parameter.dtype),
               needs_master ? "needs" : "has no use for");
-  if (needs_master) CheckArray(op, "master", master, parameter.shape, DType::kF32);
+  if (!needs_master) return;
+  const bool split = master.dtype == DType::kI16;
+  CheckArray(op, "master", master, parameter.shape, split ? DType::kI16 : DType::kF32);
+  SHOAL_CHECK(!split || gradient.dtype != DType::kF64, op,
+              "a split master takes gradients of f32 or bf16");
 }
 
 }  // namespace

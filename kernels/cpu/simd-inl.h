@@ -50,6 +50,12 @@ HWY_INLINE hn::Vec<D> LoadAs(D d, const BF16* p) {
   const auto bits = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p));
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, bits)));
 }
+template <class D, IfFloat<D> = 0>
+HWY_INLINE hn::Vec<D> LoadAs(D d, const int16_t* p) {
+  const hn::Rebind<int16_t, D> d16;
+  const hn::RebindToSigned<D> di;
+  return hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d16, p)));
+}
 template <class D, class T, IfDoubleFrom<D, T> = 0>
 HWY_INLINE hn::Vec<D> LoadAs(D d, const T* p) {
   return hn::PromoteTo(d, LoadAs(hn::Rebind<float, D>(), p));
@@ -76,6 +82,13 @@ HWY_INLINE void StoreAs(D d, hn::Vec<D> v, BF16* p) {
   const hn::RebindToSigned<D> di;
   hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, RoundToBF16(d, v))), d16,
              reinterpret_cast<uint16_t*>(p));
+}
+// Whole numbers that fit.
+template <class D, IfFloat<D> = 0>
+HWY_INLINE void StoreAs(D, hn::Vec<D> v, int16_t* p) {
+  const hn::Rebind<int16_t, D> d16;
+  const hn::RebindToSigned<D> di;
+  hn::StoreU(hn::DemoteTo(d16, hn::ConvertTo(di, v)), d16, p);
 }
 template <class D, class T, IfDoubleFrom<D, T> = 0>
 HWY_INLINE void StoreAs(D, hn::Vec<D> v, T* p) {

@@ -64,6 +64,8 @@ __device__ __forceinline__ Number LoadNumber(const void* data, DType dtype, int6
       return {true, 0, static_cast<const int64_t*>(data)[i]};
     case DType::kI8:
       return {true, 0, static_cast<const int8_t*>(data)[i]};
+    case DType::kI16:
+      return {true, 0, static_cast<const int16_t*>(data)[i]};
     default:
       return {true, 0, static_cast<const uint8_t*>(data)[i]};
   }
@@ -108,6 +110,9 @@ __device__ __forceinline__ void StoreNumber(void* data, DType dtype, int64_t i, 
       break;
     case DType::kU8:
       static_cast<uint8_t*>(data)[i] = ToInteger<uint8_t>(x);
+      break;
+    case DType::kI16:
+      static_cast<int16_t*>(data)[i] = ToInteger<int16_t>(x);
       break;
   }
 }

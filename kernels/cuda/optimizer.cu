@@ -18,21 +18,64 @@ struct AdamWFactors {
   A second_correction;  // 1 / (1 - beta2^t)
 };
 
-// The parameter's exact value is in `master` where there is one.
+// Where the exact parameter is: in `whole`, or where that is absent between `nearest` and `rest`.
 template <class T>
-__global__ void AdamWKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* m,
-                            Accumulator<T>* v, AnyPointer gradient, int64_t n,
-                            AdamWFactors<Accumulator<T>> f, bool vector) {
+struct ExactParameter {
+  Accumulator<T>* whole;
+  T* nearest;
+  int16_t* rest;
+
+  ExactParameter(const View& parameter, const View& m)
+      : whole(m && m.dtype != DType::kI16 ? m.as<Accumulator<T>>() : nullptr),
+        nearest(parameter.as<T>()),
+        rest(m && m.dtype == DType::kI16 ? m.as<int16_t>() : nullptr) {}
+
+  template <int N>
+  __device__ __forceinline__ void Load(Accumulator<T> (&p)[N], int64_t begin, int64_t count,
+                                       bool vector) const {
+    if (whole)
+      LoadChunk(p, whole + begin, count, vector);
+    else
+      LoadChunk(p, nearest + begin, count, vector);
+    if constexpr (std::is_same_v<T, BF16>) {
+      if (!rest) return;
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        if (e < count) p[e] = Join(nearest[begin + e], rest[begin + e]);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void Store(Accumulator<T> (&p)[N], int64_t begin, int64_t count,
+                                        bool vector) const {
+    if constexpr (std::is_same_v<T, BF16>) {
+      if (rest) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          if (e >= count) continue;
+          const SplitFloat split = Split(p[e]);
+          nearest[begin + e] = split.nearest;
+          rest[begin + e] = split.rest;
+        }
+        return;
+      }
+    }
+    if (whole) StoreChunk(whole + begin, p, count, vector);
+    StoreChunk(nearest + begin, p, count, vector);
+  }
+};
+
+template <class T>
+__global__ void AdamWKernel(ExactParameter<T> parameter, Accumulator<T>* m, Accumulator<T>* v,
+                            AnyPointer gradient, int64_t n, AdamWFactors<Accumulator<T>> f,
+                            bool vector) {
   using A = Accumulator<T>;
   constexpr int N = kChunk<T>;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (begin >= n) return;
   const int64_t count = n - begin;
   A p[N], g[N], mv[N], vv[N];
-  if (master)
-    LoadChunk(p, master + begin, count, vector);
-  else
-    LoadChunk(p, parameter + begin, count, vector);
+  parameter.Load(p, begin, count, vector);
   LoadChunkAny(g, gradient, begin, count, vector);
   LoadChunk(mv, m + begin, count, vector);
   LoadChunk(vv, v + begin, count, vector);
@@ -43,8 +86,7 @@ __global__ void AdamWKernel(T* parameter, Accumulator<T>* master, Accumulator<T>
     vv[e] = f.beta2 * vv[e] + f.one_minus_beta2 * ge * ge;
     p[e] = p[e] * f.decay - f.step_size * mv[e] / (sqrt(vv[e] * f.second_correction) + f.eps);
   }
-  if (master) StoreChunk(master + begin, p, count, vector);
-  StoreChunk(parameter + begin, p, count, vector);
+  parameter.Store(p, begin, count, vector);
   StoreChunk(m + begin, mv, count, vector);
   StoreChunk(v + begin, vv, count, vector);
 }
@@ -56,7 +98,7 @@ struct SgdFactors {
 };
 
 template <class T>
-__global__ void SgdKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* momentum,
+__global__ void SgdKernel(ExactParameter<T> parameter, Accumulator<T>* momentum,
                           AnyPointer gradient, int64_t n, SgdFactors<Accumulator<T>> f,
                           bool vector) {
   using A = Accumulator<T>;
@@ -65,10 +107,7 @@ __global__ void SgdKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* 
   if (begin >= n) return;
   const int64_t count = n - begin;
   A p[N], g[N], u[N];
-  if (master)
-    LoadChunk(p, master + begin, count, vector);
-  else
-    LoadChunk(p, parameter + begin, count, vector);
+  parameter.Load(p, begin, count, vector);
   LoadChunkAny(g, gradient, begin, count, vector);
 #pragma unroll
   for (int e = 0; e < N; ++e) g[e] = g[e] * f.gradient_scale + f.weight_decay * p[e];
@@ -82,8 +121,7 @@ __global__ void SgdKernel(T* parameter, Accumulator<T>* master, Accumulator<T>* 
   }
 #pragma unroll
   for (int e = 0; e < N; ++e) p[e] -= f.lr * g[e];
-  if (master) StoreChunk(master + begin, p, count, vector);
-  StoreChunk(parameter + begin, p, count, vector);
+  parameter.Store(p, begin, count, vector);
 }
 
 void CheckParameter(const char* op, const View& parameter, const View& master,
@@ -94,7 +132,12 @@ void CheckParameter(const char* op, const View& parameter, const View& master,
   SHOAL_CHECK(static_cast<bool>(master) == needs_master || parameter.numel() == 0, op,
               "a parameter of {} {} a master copy", Name(parameter.dtype),
               needs_master ? "needs" : "has no use for");
-  if (needs_master) CheckArray(op, "master", master, parameter.shape, DType::kF32);
+  if (needs_master) {
+    const bool split = master.dtype == DType::kI16;
+    CheckArray(op, "master", master, parameter.shape, split ? DType::kI16 : DType::kF32);
+    SHOAL_CHECK(!split || gradient.dtype != DType::kF64, op,
+                "a split master takes gradients of f32 or bf16");
+  }
   CheckDense(op, "gradient", gradient, parameter.shape);
   CheckComputeDType(op, "gradient", gradient);
 }
@@ -126,7 +169,7 @@ void AdamW(const Stream& stream, const View& parameter, const View& master, cons
         A(1 / (1 - std::pow(options.beta2, t))),
     };
     Launch(stream, op, AdamWKernel<T>, GridSize(op, CeilDiv(n, kThreads * kChunk<T>)), kThreads, 0,
-           parameter.as<T>(), master.as<A>(), m.as<A>(), v.as<A>(), AnyPointer(gradient), n,
+           ExactParameter<T>(parameter, master), m.as<A>(), v.as<A>(), AnyPointer(gradient), n,
            factors, AllAligned16(parameter.data, master.data, m.data, v.data, gradient.data));
   });
 }
@@ -146,7 +189,7 @@ void Sgd(const Stream& stream, const View& parameter, const View& master, const 
     const SgdFactors<A> factors = {A(options.lr), A(options.momentum), A(options.weight_decay),
                                    A(options.gradient_scale), options.first};
     Launch(stream, op, SgdKernel<T>, GridSize(op, CeilDiv(n, kThreads * kChunk<T>)), kThreads, 0,
-           parameter.as<T>(), master.as<A>(), momentum.as<A>(), AnyPointer(gradient), n, factors,
+           ExactParameter<T>(parameter, master), momentum.as<A>(), AnyPointer(gradient), n, factors,
            AllAligned16(parameter.data, master.data, momentum.data, gradient.data));
   });
 }

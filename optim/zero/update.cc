@@ -48,7 +48,8 @@ void ZeroOptimizer::MakeStates(Bucket& bucket) const {
     }
     if (options_.compute != wide) {
       const OriginScope op("master");
-      bucket.master = Tensor::Empty({bucket.share}, wide, MemoryClass::kOptimizer);
+      bucket.master = Tensor::Empty({bucket.share}, options_.split_master ? DType::kI16 : wide,
+                                    MemoryClass::kOptimizer);
     }
     const OriginScope op("state");
     for (size_t i = 0; i < rule_->states().size(); ++i)
@@ -66,6 +67,10 @@ std::vector<View> ZeroOptimizer::States(const Bucket& bucket) {
 }
 
 void ZeroOptimizer::SetMaster(const Bucket& bucket) const {
+  if (options_.split_master) {
+    kernels::Fill(host_ == nullptr ? CurrentStream() : host_->stream(), bucket.master.view(), 0);
+    return;
+  }
   for (const Slice& s : bucket.slices) {
     const View master = Flat(bucket.master, s.at, s.count), value = Value(bucket, s);
     if (host_ == nullptr) {
@@ -143,9 +148,9 @@ void ZeroOptimizer::Update(Bucket& bucket, double lr, double gradient_scale) {
 
 void ZeroOptimizer::UpdateOnHost(const UpdateRule::Shard& shard, double lr, double gradient_scale) {
   const Tensor gradient = Fetch(*host_, shard.gradient);
-  // A rule that has a master only writes the parameter.
-  const Tensor value =
-      shard.master ? OnHost(*host_, shard.parameter) : Fetch(*host_, shard.parameter);
+  // A rule that has a whole master only writes the parameter.
+  const bool written = shard.master && !options_.split_master;
+  const Tensor value = written ? OnHost(*host_, shard.parameter) : Fetch(*host_, shard.parameter);
   UpdateRule::Shard host = shard;
   host.parameter = value.view();
   host.gradient = gradient.view();

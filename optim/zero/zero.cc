@@ -393,7 +393,8 @@ std::vector<ZeroOptimizer::Piece> ZeroOptimizer::Pieces(bool owned) const {
       } else {
         add("", p->value().Reshaped({-1}), s.begin);
       }
-      if (bucket.master.defined()) add("master", bucket.master, s.at);
+      if (bucket.master.defined())
+        add(options_.split_master ? kSplitMaster : kMaster, bucket.master, s.at);
       for (size_t i = 0; i < bucket.states.size(); ++i) add(names[i], bucket.states[i], s.at);
     }
   }

@@ -40,7 +40,8 @@ namespace shoal {
 
 struct ZeroOptions {
   int stage = 0;
-  DType compute = DType::kF32;    // of parameters; narrower ones get an f32 master copy
+  DType compute = DType::kF32;    // of parameters; narrower ones get an f32 master copy,
+  bool split_master = false;      // or what that is beside the parameter (kernels/optimizer.h)
   DType gradients = DType::kF32;  // held and exchanged
   UpdateRuleOptions rule;
   int64_t bucket_bytes = int64_t{8} << 20;  // of gradients, below stage 3
@@ -60,6 +61,8 @@ struct ZeroOptions {
 
 class ZeroOptimizer {
  public:
+  static constexpr const char *kMaster = "master", *kSplitMaster = "split_master";
+
   // Gives the parameters of `model` memory and their values: `initialise` fills one that is whole
   // at the time. `units` are what stage 3 gathers together, in the order of forward; a parameter
   // outside them is a unit of its own. Hooks what it is given, which must outlive it.
@@ -96,7 +99,7 @@ class ZeroOptimizer {
   // What this rank holds of each parameter and of each state: the elements [begin, begin + n) of
   // the parameter's slice, n >= 1.
   struct Piece {
-    std::string state;  // "" for the value, or "master", "m", ..
+    std::string state;  // "" for the value, or kMaster, kSplitMaster, "m", ..
     const Parameter* parameter;
     int64_t begin;
     Tensor tensor;  // [n]
@@ -137,7 +140,7 @@ class ZeroOptimizer {
     Tensor values;               // [share], stage 3
     Tensor gradient;             // [share], stages 2 and 3, while there is one
     bool kept = false;           // the exchange under way writes to it
-    Tensor master;               // [share], where parameters are narrower
+    Tensor master;               // [share], where parameters are narrower: f32, or i16 if split
     std::vector<Tensor> states;  // [share] each
     int waiting = 0;             // parameters whose gradient is not there yet
     bool final = false;          // the gradient is that of all micro-batches

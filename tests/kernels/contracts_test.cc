@@ -114,6 +114,9 @@ TEST_F(KernelContract, DTypes) {
       "LayerNorm", "mean is bf16, not f32");
   Refuses([&] { AdamW(stream_, bf16, {}, F({3}), F({3}), bf16, {}); }, "AdamW",
           "needs a master copy");
+  Refuses(
+      [&] { AdamW(stream_, bf16, F({3}, DType::kI16), F({3}), F({3}), F({3}, DType::kF64), {}); },
+      "AdamW", "a split master takes gradients");
   Refuses([&] { AdamW(stream_, F({3}), F({3}), F({3}), F({3}), bf16, {}); }, "AdamW",
           "has no use for a master copy");
   Refuses([&] { AdamW(stream_, bf16, F({3}), bf16, F({3}), bf16, {}); }, "AdamW", "m is bf16");

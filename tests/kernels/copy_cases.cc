@@ -7,8 +7,8 @@
 namespace shoal::kernels::testing {
 namespace {
 
-constexpr DType kAll[] = {DType::kF64, DType::kF32, DType::kBF16, DType::kF16,
-                          DType::kI32, DType::kI64, DType::kI8,   DType::kU8};
+constexpr DType kAll[] = {DType::kF64, DType::kF32, DType::kBF16, DType::kF16, DType::kI32,
+                          DType::kI64, DType::kI8,  DType::kU8,   DType::kI16};
 
 Case CopyCase(std::string name, Arg out, Arg x) {
   return {.name = "Copy/" + name,

@@ -40,7 +40,8 @@ class HuggingFace : public ::testing::Test {
   std::string Path(const std::string& name) const { return directory_.path() + "/" + name; }
 
   // A save with the weights of a fresh model, and masters that are not quite these.
-  std::string Save(const ModelConfig& model, DType dtype, const std::string& name = "saves") {
+  std::string Save(const ModelConfig& model, DType dtype, const std::string& name = "saves",
+                   bool split_masters = false) {
     const auto built = BuildModel(model);
     MaterializeParameters(*built, dtype, 5);
     StateDict state = ModelState(*built);
@@ -55,9 +56,15 @@ class HuggingFace : public ::testing::Test {
       const size_t weights = state.size();
       for (size_t i = 0; i < weights; ++i) {
         StateEntry master = state[i];
-        master.name.replace(0, std::strlen("model"), "optim/master");
-        master.tensor = state[i].tensor.To(DType::kF32);
-        master.tensor.Reshaped({-1}).Narrowed(0, 0, 1).Fill(1 + 0x1p-20);
+        master.name.replace(0, std::strlen("model"),
+                            split_masters ? "optim/split_master" : "optim/master");
+        if (split_masters) {  // 8 of the steps of 2^-23 that a float takes there
+          state[i].tensor.Reshaped({-1}).Narrowed(0, 0, 1).Fill(1);
+          master.tensor = Tensor::Full(state[i].tensor.shape(), DType::kI16, 0);
+        } else {
+          master.tensor = state[i].tensor.To(DType::kF32);
+        }
+        master.tensor.Reshaped({-1}).Narrowed(0, 0, 1).Fill(split_masters ? 8 : 1 + 0x1p-20);
         state.push_back(master);
       }
     }

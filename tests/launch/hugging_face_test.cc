@@ -194,15 +194,18 @@ TEST_F(LongHuggingFace, Gpt2PresetExportsThePublishedTensors) {
 }
 
 TEST_F(HuggingFace, AWiderExportTakesTheMasters) {
-  const std::string save = Save(Small("llama", false), DType::kBF16);
-  ExportHuggingFace(save, Path("wide"), {.dtype = DType::kF32});
-  ExportHuggingFace(save, Path("narrow"), {});
-  const SafetensorsFile wide(Path("wide/model.safetensors")),
-      narrow(Path("narrow/model.safetensors"));
-  for (const auto& [name, entry] : wide.entries()) {
-    EXPECT_EQ(entry.type, "F32");
-    EXPECT_EQ(narrow.entries().at(name).type, "BF16");
-    EXPECT_EQ(Stored(wide, name)[0], 1 + 0x1p-20) << name;
+  for (const bool split : {false, true}) {
+    const std::string save =
+        Save(Small("llama", false), DType::kBF16, split ? "split" : "whole", split);
+    ExportHuggingFace(save, Path(split ? "wide2" : "wide"), {.dtype = DType::kF32});
+    ExportHuggingFace(save, Path(split ? "narrow2" : "narrow"), {});
+    const SafetensorsFile wide(Path(split ? "wide2/model.safetensors" : "wide/model.safetensors")),
+        narrow(Path(split ? "narrow2/model.safetensors" : "narrow/model.safetensors"));
+    for (const auto& [name, entry] : wide.entries()) {
+      EXPECT_EQ(entry.type, "F32");
+      EXPECT_EQ(narrow.entries().at(name).type, "BF16");
+      EXPECT_EQ(Stored(wide, name)[0], 1 + 0x1p-20) << name;
+    }
   }
 }
 

@@ -35,7 +35,7 @@ struct Recipe {
   int shard_ranks = 0;
   bool contiguous_gradients = false, offload_host = false, activations_host = false;
   std::string offload_dir = {}, activations_dir = {};
-  bool in_backward = false, unclipped = false;
+  bool in_backward = false, unclipped = false, split_master = false;
   ActivationFormat compress = ActivationFormat::kOwn;
   bool recompute = false, selective = false, partition_activations = false;
   int64_t mlp_chunk_rows = 0;
@@ -110,6 +110,7 @@ inline TrainingOptions Options(const Recipe& recipe) {
   options.model = Model(recipe);
   options.compute = recipe.dtype;
   options.gradients = AccumulatorDType(recipe.dtype);
+  options.split_master = recipe.split_master;
   options.rule.name = recipe.optimizer;
   options.rule.weight_decay = 0.1;
   options.rule.momentum = 0.9;
