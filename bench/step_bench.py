@@ -42,6 +42,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--torch-python", required=True, help="the interpreter of the environment that holds PyTorch")
     parser.add_argument("--ours", default=str(ROOT / "build/bin/step_bench"), help="our arm; 'none': PyTorch only")
+    parser.add_argument("--ours-flags", default="", help="of build/bin/step_bench, beside the workload's: options that save memory, say")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of: " + " ".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="timed steps per process; 0: as the workload says")
@@ -85,6 +86,7 @@ class Bench:
         program = [self.a.ours] if ranks == 1 else shlex.split(self.a.ours_ranks.format(ours=self.a.ours))
         command = program + ["--model", model, "--batch", batch, "--sequence-length", length, "--precision", precision,
                              "--threads", self.a.threads, "--steps", self.a.steps or steps]  # threads over all ranks
+        command += shlex.split(self.a.ours_flags)
         return self.record(workload, "ours", ranks, call(command, self.a.prefix, OURS))
 
     def torch(self, workload, mode, memory, dtype, ranks=1, prepare=False):
@@ -243,6 +245,8 @@ def public_arguments(a):
            "--workloads", a.workloads]
     if a.ours == "none":
         out += ["--ours", "none"]
+    if a.ours_flags:
+        out += ["--ours-flags", a.ours_flags]
     if a.arms != ARMS:
         out += ["--arms", a.arms]
     return out + [f"--{x.replace('_', '-')}" for x in ("bf16_weights", "ranks") if getattr(a, x)] + (

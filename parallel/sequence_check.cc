@@ -229,16 +229,23 @@ class Checker {
       Fail(rank, i, "{} has no such rows", owner);
   }
 
-  // Tiles and rows between groups are of this rank's heads, and whole kv heads of them.
+  // Tiles and rows between groups are of this rank's heads; a tile's are of one kv head, or all
+  // heads of some, and keys and their gradients move for all heads of theirs here.
   void CheckHeadsOf(int rank, size_t i) {
     const SequenceAction& a = s_.actions[static_cast<size_t>(rank)][i];
     const SequenceSchedule::Heads share = s_.Share(rank);
     if (a.head_begin < share.begin || a.head_end > share.end || a.head_begin >= a.head_end)
       Fail(rank, i, "heads [{}, {}) are not this rank's, which are [{}, {})", a.head_begin,
            a.head_end, share.begin, share.end);
-    for (const int head : {a.head_begin, a.head_end})
-      if (head != share.begin && head != share.end && head % (s_.heads / s_.kv_heads) != 0)
-        Fail(rank, i, "head {} is in the midst of those of a kv head", head);
+    const bool tile = a.op == SequenceOp::kTile;
+    const bool of_one = tile && s_.KvEnd(a.head_end) - s_.KvBegin(a.head_begin) == 1;
+    const bool of_queries =
+        a.payload == SequencePayload::kQuery || a.payload == SequencePayload::kResult;
+    if (tile ? !of_one : !of_queries)
+      for (const int head : {a.head_begin, a.head_end})
+        if ((tile || (head != share.begin && head != share.end)) &&
+            head % (s_.heads / s_.kv_heads) != 0)
+          Fail(rank, i, "head {} is in the midst of those of a kv head", head);
     if (exchanged_[{rank, true}] > 0) Fail(rank, i, "comes after heads' results");
     if (exchanged_[{rank, false}] < Partners(rank, false))
       Fail(rank, i, "comes before all heads of the group's rows are here");

@@ -359,15 +359,16 @@ class Maker {
   }
 
   // Heads of the share, the last ones: of each `other` rows go the other way and `same` as all of
-  // the rest's. As many as bring the directions nearest to each other, whole kv heads.
+  // the rest's. As many as bring the directions nearest to each other; keys stay where they are, so
+  // that heads of one kv head may go different ways.
   Heads Mirrored(int64_t all, int64_t same, int64_t other) {
     const Heads share = Share();
-    const int kv = s_.KvEnd(share.end) - s_.KvBegin(share.begin);
-    const auto apart = [&](int n) { return std::abs((kv - n) * all + n * same - n * other); };
+    const int heads = share.end - share.begin;
+    const auto apart = [&](int n) { return std::abs((heads - n) * all + n * same - n * other); };
     int n = 0;
-    while (both_ways_ && ranks_ > 1 && n < kv && apart(n + 1) < apart(n)) ++n;
+    while (both_ways_ && ranks_ > 1 && n < heads && apart(n + 1) < apart(n)) ++n;
     mirrored_ = mirrored_ || n > 0;
-    return {share.end - n * (share.end - share.begin) / kv, share.end};
+    return {share.end - n, share.end};
   }
 
   // A range goes where it has less far; where that is equal, a part each way, so that as many rows
@@ -428,14 +429,22 @@ class Maker {
     Receive(part, payload, from, owner, rows);
     OfRows(SequenceOp::kMerge, part, payload, from, owner, rows);
   }
+  // A tile's heads have as many kv heads each: those at the ends of `heads` that lack others of
+  // their kv head are tiles of their own.
   void AddTile(const Heads& heads, int q_owner, int k_owner, const Tile& t) {
-    Add({.op = SequenceOp::kTile,
-         .owner = q_owner,
-         .rows = {t.q},
-         .key_owner = k_owner,
-         .keys = t.k,
-         .head_begin = heads.begin,
-         .head_end = heads.end});
+    const int of_kv = s_.heads / s_.kv_heads;
+    const int first = std::min((heads.begin + of_kv - 1) / of_kv * of_kv, heads.end),
+              last = std::max(heads.end / of_kv * of_kv, first);
+    for (const auto& [begin, end] :
+         {std::pair(heads.begin, first), std::pair(first, last), std::pair(last, heads.end)})
+      if (begin < end)
+        Add({.op = SequenceOp::kTile,
+             .owner = q_owner,
+             .rows = {t.q},
+             .key_owner = k_owner,
+             .keys = t.k,
+             .head_begin = begin,
+             .head_end = end});
   }
   // Of this rank with `rows` of the owner.
   void Tiles(const Heads& heads, bool queries, int owner, const Rows& rows) {

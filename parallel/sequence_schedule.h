@@ -180,8 +180,8 @@ struct SequenceSchedule {
   bool SharesKvHeads() const;
 };
 
-// The result's method goes both ways only if heads are mirrored: one kv head is not, if it has to
-// be all of them or nothing.
+// The result's method goes both ways only if heads are mirrored: one head is not, if it has to be
+// all of them or nothing.
 SequenceSchedule MakeSequenceSchedule(const SequenceMethod& method, SequencePass pass,
                                       const SequenceLayout& layout, const SequenceMask& mask,
                                       int heads, int kv_heads);
@@ -232,8 +232,8 @@ std::vector<size_t> WalkSequence(const SequenceSchedule& schedule, bool strict,
 // Throws an Error that names rank and action unless all messages are received in the order in which
 // they are sent, the ranks come to an end (strictly), no tile uses rows that are not there, every
 // visible pair of query and key is in one tile of every head, each tile's share comes into its
-// owner's result and gradients once, heads are cut between kv heads, and heads are exchanged before
-// and after all that, each rank's rows once with every rank of its group.
+// owner's result and gradients once, tiles are of whole kv heads or of one, and heads are exchanged
+// before and after all that, each rank's rows once with every rank of its group.
 void CheckSequenceSchedule(const SequenceSchedule& schedule);
 
 std::string ActionText(const SequenceAction& action);

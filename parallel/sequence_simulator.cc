@@ -328,7 +328,7 @@ SequenceChoice ChooseWays(SequenceKind forward, SequenceKind backward,
     if (!CanGoBothWays(kind) || both_ways) continue;
     reason +=
         fmt::format("; {} on a {} fabric: {} ms{}", Name(pass), Name(machine.fabric), choice.text(),
-                    choice.alike() ? " (no cut between kv heads balances it)" : "");
+                    choice.alike() ? " (no cut between heads balances it)" : "");
   }
   return {best[0].method, best[1].method, reason, best[0].seconds, best[1].seconds};
 }

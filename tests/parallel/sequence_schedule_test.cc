@@ -299,7 +299,7 @@ TEST(SequenceBytes, TokenRingUsesBothDirectionsAlike) {
 // Full attention: half of all bytes each way. So also of a causal mask, where rows go straight.
 TEST(SequenceBytes, HeadsInBothDirectionsBalanceThem) {
   for (int64_t d : {64, 128})
-    for (auto [heads, kv] : {std::pair{8, 8}, {8, 2}, {8, 4}})
+    for (auto [heads, kv] : {std::pair{8, 8}, {8, 2}, {8, 4}, {8, 1}, {6, 3}, {2, 1}})
       for (int ranks : {2, 3, 4, 5, 8})
         for (int64_t element : {2, 4})
           for (SequencePass pass : kPasses)
@@ -320,42 +320,44 @@ TEST(SequenceBytes, HeadsInBothDirectionsBalanceThem) {
               }
 }
 
-// From neighbour to neighbour under a causal mask, to the byte. In halves of a rank's rows and kv
+// From neighbour to neighbour under a causal mask, to the byte. In halves of a rank's rows and
 // heads, one that is not mirrored goes down 3/2 P (P-1) times over all ranks, and a mirrored one
-// (P-1) (P-2) / 2 times down and (P-1) (P+1) times up.
+// (P-1) (P-2) / 2 times down and (P-1) (P+1) times up. 16/3 of 8 heads would balance 8 ranks: 5 are
+// as near as heads can come.
 TEST(SequenceBytes, MirroredHeadsOfAZigzagHaveTheClosedForm) {
   constexpr int64_t kHalf = 6;
   for (int64_t d : {64, 128})
-    for (auto [heads, kv, within] : {std::tuple{8, 8, 1.045}, {8, 2, 1.19}, {8, 1, 1.59}})
+    for (auto [heads, kv] : {std::pair{8, 8}, {8, 4}, {8, 2}, {8, 1}, {32, 8}, {12, 12}})
       for (int64_t p : {4, 8})
         for (SequencePass pass : kPasses) {
           const SequenceWidths w{.batch = 3, .head_dim = d, .partial = 4};
           const int64_t all = 3 * p * (p - 1) / 2, same = (p - 1) * (p - 2) / 2,
                         other = (p - 1) * (p + 1);
-          const auto apart = [&, kv = kv](int64_t m) {
-            return std::abs((kv - m) * all + m * same - m * other);
+          const auto apart = [&, heads = heads](int64_t m) {
+            return std::abs((heads - m) * all + m * same - m * other);
           };
           int64_t m = 0;
-          for (int64_t i = 1; i <= kv; ++i)
+          for (int64_t i = 1; i <= heads; ++i)
             if (apart(i) < apart(m)) m = i;
           const SequenceSchedule s = BothWays(Kind::kTokenRingRelay, pass, static_cast<int>(p),
                                               2 * kHalf * p, true, heads, kv);
-          const int64_t row = w.batch * kHalf * heads / kv;
+          const int64_t row = w.batch * kHalf;
           const int64_t out = row * (pass == SequencePass::kForward ? d * 2 : d * 4 + 8),
                         back = row * (pass == SequencePass::kForward ? d * 4 + 4 : d * 4);
-          const int64_t down = (kv - m) * all + m * same, up = m * other;
+          const int64_t down = (heads - m) * all + m * same, up = m * other;
           const Balance balance = BalanceOf(s, w);
           EXPECT_EQ(balance.down, down * out + up * back) << heads << "/" << kv << " P " << p;
           EXPECT_EQ(balance.up, up * out + down * back) << heads << "/" << kv << " P " << p;
-          EXPECT_LE(balance.ratio(), within) << heads << "/" << kv << " P " << p;
+          EXPECT_LE(balance.ratio(), heads == 8 && p == 8 ? 1.044 : 1.04)
+              << heads << "/" << kv << " P " << p;
         }
 }
 
-// One kv head cannot be split, and of 3 one goes against two.
+// One head cannot be split, and of 3 one goes against two.
 TEST(SequenceBytes, WhatCannotBeBalancedSaysSo) {
   for (Kind kind : kTokenRings) {
-    EXPECT_FALSE(BothWays(kind, SequencePass::kForward, 4, 48, false, 8, 1).method.both_ways);
-    const SequenceSchedule s = BothWays(kind, SequencePass::kForward, 4, 48, false, 6, 3);
+    EXPECT_FALSE(BothWays(kind, SequencePass::kForward, 4, 48, false, 1, 1).method.both_ways);
+    const SequenceSchedule s = BothWays(kind, SequencePass::kForward, 4, 48, false, 3, 1);
     EXPECT_TRUE(s.method.both_ways);
     EXPECT_EQ(Describe(s.method, 4), std::string(Name(kind)) + " both ways");
     if (kind == Kind::kTokenRingLagged) continue;
