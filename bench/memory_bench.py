@@ -29,8 +29,10 @@ ONE_RANK = [
     ("activations in 8-bit blocks", "--compress int8", "as it is"),
     ("activations in a file", "--activations-dir {dir}", "as it is"),
     ("updates in backward", "--in-backward", "as it is"),
+    ("masters in halves", "--split-master", "as it is"),
     ("states in a file", "--offload-dir {dir}", "as it is"),
     ("recompute full, updates in backward", "--recompute full --in-backward", "as it is"),
+    ("and masters in halves", "--recompute full --in-backward --split-master", "as it is"),
 ]
 TWO_RANKS = [
     ("tp 2, recompute full", "--local-ranks 2 --tp 2 --recompute full", None),

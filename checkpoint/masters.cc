@@ -56,6 +56,12 @@ void LoadSplit(SaveReader& save, const StateDict& state, const StateEntry& rest,
 
 }  // namespace
 
+std::string WholeMaster(const std::string& name) {
+  const std::string prefix = Named(ZeroOptimizer::kSplitMaster, "");
+  if (!name.starts_with(prefix)) return name;
+  return Named(ZeroOptimizer::kMaster, name.substr(prefix.size()));
+}
+
 void LoadRunState(const std::string& save, const StateDict& state) {
   SaveReader reader(save);
   const auto has = [&](const char* form, const std::string& parameter) {
@@ -64,14 +70,13 @@ void LoadRunState(const std::string& save, const StateDict& state) {
   StateDict alike;
   std::vector<const StateEntry*> joined, split;
   for (const StateEntry& entry : state) {
-    if (reader.dtype(entry.name))
-      alike.push_back(entry);
-    else if (has(ZeroOptimizer::kSplitMaster, ParameterOf(entry, ZeroOptimizer::kMaster)))
+    const bool here = reader.dtype(entry.name).has_value();
+    if (!here && has(ZeroOptimizer::kSplitMaster, ParameterOf(entry, ZeroOptimizer::kMaster)))
       joined.push_back(&entry);
-    else if (has(ZeroOptimizer::kMaster, ParameterOf(entry, ZeroOptimizer::kSplitMaster)))
+    else if (!here && has(ZeroOptimizer::kMaster, ParameterOf(entry, ZeroOptimizer::kSplitMaster)))
       split.push_back(&entry);
     else
-      alike.push_back(entry);  // which says what is missing
+      alike.push_back(entry);  // or it says what is missing
   }
   reader.Load(alike);
   for (const StateEntry* entry : joined)

@@ -9,6 +9,9 @@
 
 namespace shoal {
 
+// The name that a tensor of a save has, and a split master would have if it were whole.
+std::string WholeMaster(const std::string& name);
+
 // As LoadState, whichever form the save's masters have. Bits of masters are kept.
 void LoadRunState(const std::string& save, const StateDict& state);
 

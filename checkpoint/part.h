@@ -75,7 +75,6 @@ class PartFile {
   size_t stretch_ = 0;    // that comes next
   int64_t done_ = 0;      // of its bytes
   char element_[8] = {};  // that lies across two Appends, as far as it came
-  std::vector<std::string> digests_;
   std::string non_finite_;
 };
 

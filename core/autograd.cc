@@ -178,8 +178,8 @@ class BackwardPass {
 
   void Run(const Tensor& root, const Tensor& gradient) {
     // A copy: the node must outlive whatever the hooks do to the tensor.
-    std::shared_ptr<Node> node =
-        root.node();  // NOLINT(performance-unnecessary-copy-initialization)
+    // NOLINTNEXTLINE(performance-unnecessary-copy-initialization)
+    std::shared_ptr<Node> node = root.node();
     SHOAL_CHECK(node != nullptr, "backward", "the result depends on nothing that wants a gradient");
     try {
       Discover(node);

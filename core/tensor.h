@@ -56,13 +56,13 @@ class Storage {
   Device device() const { return device_; }
 
   // A clock of the process that goes on with each op that writes its result.
-  static uint64_t Now() { return clock_.load(std::memory_order_relaxed); }
+  static uint64_t Now() { return clock.load(std::memory_order_relaxed); }
   // When it was made or, if that was later, an op's result was last written to it.
   uint64_t written() const { return written_; }
-  void Written() { written_ = clock_.fetch_add(1, std::memory_order_relaxed) + 1; }
+  void Written() { written_ = clock.fetch_add(1, std::memory_order_relaxed) + 1; }
 
  private:
-  static inline std::atomic<uint64_t> clock_{0};
+  static inline std::atomic<uint64_t> clock{0};
 
   void* data_ = nullptr;
   bool pending_ = false;

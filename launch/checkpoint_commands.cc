@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/manifest.h"
+#include "checkpoint/masters.h"
 #include "checkpoint/store.h"
 #include "launch/bootstrap.h"
 #include "launch/console.h"
@@ -101,11 +102,16 @@ ordered_json Figure(double value) {
   return std::isfinite(value) ? ordered_json(value) : ordered_json(fmt::format("{}", value));
 }
 
+// Of a split master, as which it is compared: the whole one.
+DType DTypeOf(const StoredTensor& stored) {
+  return stored.dtype == DType::kI16 ? DType::kF32 : stored.dtype;
+}
+
 Tensor ReadTensor(const std::string& save, const std::string& name, const StoredTensor& stored) {
-  const Tensor tensor = Tensor::Empty(stored.shape, stored.dtype, MemoryClass::kWorkspace);
+  const Tensor tensor = Tensor::Empty(stored.shape, DTypeOf(stored), MemoryClass::kWorkspace);
   Dims zero = stored.shape;
   for (int d = 0; d < zero.rank(); ++d) zero[d] = 0;
-  LoadState(save, {{name, tensor, stored.shape, zero}});
+  LoadRunState(save, {{name, tensor, stored.shape, zero}});
   return tensor.Reshaped({-1});
 }
 
@@ -136,8 +142,8 @@ void CompareValues(const Tensor& a, const Tensor& b, Difference* difference) {
 std::vector<Difference> Compare(const std::string& a, const std::string& b, int64_t* tensors) {
   std::map<std::string, std::pair<const StoredTensor*, const StoredTensor*>> both;
   const Part of_a = ReadManifest(a).all, of_b = ReadManifest(b).all;
-  for (const auto& [name, tensor] : of_a.tensors) both[name].first = &tensor;
-  for (const auto& [name, tensor] : of_b.tensors) both[name].second = &tensor;
+  for (const auto& [name, tensor] : of_a.tensors) both[WholeMaster(name)].first = &tensor;
+  for (const auto& [name, tensor] : of_b.tensors) both[WholeMaster(name)].second = &tensor;
   *tensors = static_cast<int64_t>(both.size());
   std::vector<Difference> differences;
   for (const auto& [name, pair] : both) {
@@ -150,8 +156,8 @@ std::vector<Difference> Compare(const std::string& a, const std::string& b, int6
     } else {
       CompareValues(ReadTensor(a, name, *x), ReadTensor(b, name, *y), &difference);
       if (difference.elements > 0) difference.what = "values";
-      if (x->dtype != y->dtype)
-        difference.what = fmt::format("dtype {} and {}", Name(x->dtype), Name(y->dtype));
+      if (DTypeOf(*x) != DTypeOf(*y))
+        difference.what = fmt::format("dtype {} and {}", Name(DTypeOf(*x)), Name(DTypeOf(*y)));
     }
     if (!difference.what.empty()) differences.push_back(std::move(difference));
   }

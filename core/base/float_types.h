@@ -27,7 +27,9 @@ struct BF16 {
 
 // A float as the BF16 nearest to it (of two that are as near the one of larger magnitude) and the
 // difference of their bits, from which it can be made again exactly. With ties to even, two floats
-// would have the same halves. A NaN becomes the plain one.
+// would have the same halves. Subnormals, -0 and infinities are as others; a value beyond the
+// largest BF16 has an infinity for nearest, as BF16(value) is, and is made again; a NaN becomes the
+// plain one.
 struct SplitFloat {
   BF16 nearest;
   int16_t rest;

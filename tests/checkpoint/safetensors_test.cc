@@ -10,8 +10,8 @@
 namespace shoal {
 namespace {
 
-constexpr DType kAll[] = {DType::kF64, DType::kF32, DType::kBF16, DType::kF16,
-                          DType::kI32, DType::kI64, DType::kI8, DType::kU8, DType::kI16};
+constexpr DType kAll[] = {DType::kF64, DType::kF32, DType::kBF16, DType::kF16, DType::kI32,
+                          DType::kI64, DType::kI8,  DType::kU8,   DType::kI16};
 
 class Safetensors : public ::testing::Test {
  protected:

@@ -105,6 +105,13 @@ TEST_F(ProgramCheckpoint, DiffFindsWhatDiffersOverLayouts) {
   EXPECT_EQ(steps["first_difference"]["what"], "values");
   EXPECT_EQ(steps["different"].size(), steps["tensors"]);
 
+  // Masters are compared as what they hold, in whichever form.
+  for (const char* form : {"whole", "split"})
+    TrainRun(form, {"precision.compute=bf16", "run.steps=1", fmt::format("optim.master={}", form)});
+  const json forms = Json({"ckpt", "diff", "whole", "split"});
+  EXPECT_EQ(forms["equal"], true);
+  EXPECT_EQ(forms["tensors"], 4 * equal["tensors"].get<int>() / 3);  // of three in f64
+
   // One value of one tensor.
   const std::string save = Path(SaveAt(6));
   StateDict state;

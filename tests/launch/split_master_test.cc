@@ -120,6 +120,28 @@ TEST(SplitMaster, GoesOnFromWholeOnesAndBack) {
   }
 }
 
+// Split products are rounded apart, as without it (Parity.Bf16).
+TEST(SplitMaster, TrainsOnAnyMesh) {
+  Recipe recipe = Split("llama");
+  recipe.recompute = true;
+  const Measured one = TrainOn(recipe, 1, 1);
+  const auto near = [&](const char* what, int ranks) {
+    const Measured many = TrainOn(recipe, ranks, 1);
+    for (size_t s = 0; s < one.outcome.losses.size(); ++s)
+      EXPECT_NEAR(many.outcome.losses[s], one.outcome.losses[s], 1e-4 * one.outcome.losses[s])
+          << what;
+  };
+  recipe.zero_stage = 2;
+  recipe.tp = 2;
+  near("tp", 4);
+  recipe.pp = 2;
+  near("tp and pp", 4);
+  recipe.tp = 1;
+  recipe.cp = 2;
+  recipe.zero_stage = 3;
+  near("pp and cp", 4);
+}
+
 TEST(SplitMaster, TakesTwoBytesLess) {
   for (int stage = 0; stage <= 3; ++stage) {
     Recipe recipe = Split("llama");
