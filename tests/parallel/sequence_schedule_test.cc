@@ -322,13 +322,13 @@ TEST(SequenceBytes, HeadsInBothDirectionsBalanceThem) {
 
 // From neighbour to neighbour under a causal mask, to the byte. In halves of a rank's rows and
 // heads, one that is not mirrored goes down 3/2 P (P-1) times over all ranks, and a mirrored one
-// (P-1) (P-2) / 2 times down and (P-1) (P+1) times up. 16/3 of 8 heads would balance 8 ranks: 5 are
-// as near as heads can come.
+// (P-1) (P-2) / 2 times down and (P-1) (P+1) times up. 16/3 of 8 heads would balance 8 ranks: 5 of
+// each rank's are nearest to that.
 TEST(SequenceBytes, MirroredHeadsOfAZigzagHaveTheClosedForm) {
   constexpr int64_t kHalf = 6;
   for (int64_t d : {64, 128})
     for (auto [heads, kv] : {std::pair{8, 8}, {8, 4}, {8, 2}, {8, 1}, {32, 8}, {12, 12}})
-      for (int64_t p : {4, 8})
+      for (int64_t p : {2, 4, 8})
         for (SequencePass pass : kPasses) {
           const SequenceWidths w{.batch = 3, .head_dim = d, .partial = 4};
           const int64_t all = 3 * p * (p - 1) / 2, same = (p - 1) * (p - 2) / 2,
