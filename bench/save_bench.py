@@ -122,6 +122,12 @@ def behind(steps, saves):
     return during, apart
 
 
+def public_arguments(arguments):
+    """The command line without the paths of this machine."""
+    private = {"--output", "--directory"}
+    return [x for before, x in zip(["", *arguments], arguments) if x.split("=")[0] not in private and before not in private]
+
+
 def main():
     a = parse()
     folder = pathlib.Path(tempfile.mkdtemp(dir=a.directory))
@@ -147,7 +153,7 @@ def main():
     best_dd, copy = min(dd), copy_seconds(size)
     lines = [
         f"# What a save of {a.model} costs", "", f"- Date: {datetime.date.today()}", f"- Machine: {machine()}",
-        f"- Command: `{shlex.join(['python3', 'bench/save_bench.py', *sys.argv[1:]])}`",
+        f"- Command: `{shlex.join(['python3', 'bench/save_bench.py', *public_arguments(sys.argv[1:])])}`",
         f"- A save has {size / 1e9:.2f} GB; bf16, {a.batch} x {a.length} tokens a step, one rank. To copy it takes one thread {copy:.2f} s; "
         f"`dd conv=fsync` writes as much in {best_dd:.2f} s at best, {statistics.median(dd):.2f} s in the median of {len(dd)}.",
         "- Medians; a run's last save is not counted, which training always waits for.", "",

@@ -103,12 +103,12 @@ ordered_json Figure(double value) {
 }
 
 // Of a split master, as which it is compared: the whole one.
-DType DTypeOf(const StoredTensor& stored) {
+DType ComparedDType(const StoredTensor& stored) {
   return stored.dtype == DType::kI16 ? DType::kF32 : stored.dtype;
 }
 
 Tensor ReadTensor(const std::string& save, const std::string& name, const StoredTensor& stored) {
-  const Tensor tensor = Tensor::Empty(stored.shape, DTypeOf(stored), MemoryClass::kWorkspace);
+  const Tensor tensor = Tensor::Empty(stored.shape, ComparedDType(stored), MemoryClass::kWorkspace);
   Dims zero = stored.shape;
   for (int d = 0; d < zero.rank(); ++d) zero[d] = 0;
   LoadRunState(save, {{name, tensor, stored.shape, zero}});
@@ -156,8 +156,9 @@ std::vector<Difference> Compare(const std::string& a, const std::string& b, int6
     } else {
       CompareValues(ReadTensor(a, name, *x), ReadTensor(b, name, *y), &difference);
       if (difference.elements > 0) difference.what = "values";
-      if (DTypeOf(*x) != DTypeOf(*y))
-        difference.what = fmt::format("dtype {} and {}", Name(DTypeOf(*x)), Name(DTypeOf(*y)));
+      if (ComparedDType(*x) != ComparedDType(*y))
+        difference.what =
+            fmt::format("dtype {} and {}", Name(ComparedDType(*x)), Name(ComparedDType(*y)));
     }
     if (!difference.what.empty()) differences.push_back(std::move(difference));
   }

@@ -195,12 +195,13 @@ TEST_F(LongHuggingFace, Gpt2PresetExportsThePublishedTensors) {
 
 TEST_F(HuggingFace, AWiderExportTakesTheMasters) {
   for (const bool split : {false, true}) {
-    const std::string save =
-        Save(Small("llama", false), DType::kBF16, split ? "split" : "whole", split);
-    ExportHuggingFace(save, Path(split ? "wide2" : "wide"), {.dtype = DType::kF32});
-    ExportHuggingFace(save, Path(split ? "narrow2" : "narrow"), {});
-    const SafetensorsFile wide(Path(split ? "wide2/model.safetensors" : "wide/model.safetensors")),
-        narrow(Path(split ? "narrow2/model.safetensors" : "narrow/model.safetensors"));
+    const std::string masters = split ? "split" : "whole", wide_path = Path(masters + "_wide"),
+                      narrow_path = Path(masters + "_narrow");
+    const std::string save = Save(Small("llama", false), DType::kBF16, masters, split);
+    ExportHuggingFace(save, wide_path, {.dtype = DType::kF32});
+    ExportHuggingFace(save, narrow_path, {});
+    const SafetensorsFile wide(wide_path + "/model.safetensors"),
+        narrow(narrow_path + "/model.safetensors");
     for (const auto& [name, entry] : wide.entries()) {
       EXPECT_EQ(entry.type, "F32");
       EXPECT_EQ(narrow.entries().at(name).type, "BF16");

@@ -12,6 +12,7 @@
 #include "checkpoint/manifest.h"
 #include "checkpoint/store.h"
 #include "tests/launch/parity.h"
+#include "tests/launch/run_state.h"
 
 namespace shoal {
 namespace {
@@ -41,18 +42,11 @@ std::vector<std::vector<double>> Continue(Recipe recipe, const Layout& layout, i
   std::vector<std::vector<double>> parameters;
   RunThreadRanks(layout.ranks, 1, [&](Communicator& c) {
     TrainingStep step(Options(recipe), c);
-    if (!load.empty()) {
-      LoadState(load, step.State());
-      step.optimizer().set_step(from);
-      step.optimizer().ShareValues();
-    }
+    if (!load.empty()) LoadRun(step, load, from);
     for (int s = from; s < to; ++s) step.Run(Batches(recipe, step, s, 1, InOrder()), recipe.lr);
     if (!directory.empty()) {
-      if (c.rank() == 0) BeginSave(directory, to);
-      c.Barrier();
-      const auto parts = c.AllGatherStrings(WritePart(directory, to, c.rank(), step.State(true)));
-      if (c.rank() == 0) VerifySave(CommitSave(directory, {to, 0, "", ""}, parts));
-      c.Barrier();
+      const std::string saved = SaveRun(step, c, directory, to);
+      if (c.rank() == 0) VerifySave(saved);
     }
     step.optimizer().GatherParameters();
     std::vector<std::vector<double>> here;
@@ -180,10 +174,8 @@ TEST(LongReshard, EveryFactorisationFromEveryOther) {
           });
         }
       }
-      if (c.rank() == 0) BeginSave(directory, kSteps);
-      c.Barrier();
-      const auto parts = c.AllGatherStrings(WritePart(directory, kSteps, c.rank(), state));
-      if (c.rank() == 0) saves[a] = CommitSave(directory, {kSteps, 0, "", ""}, parts);
+      const std::string saved = SaveRun(step, c, directory, kSteps);
+      if (c.rank() == 0) saves[a] = saved;
       for (int s = kSteps; s < 2 * kSteps && a == 0; ++s) losses.push_back(tiny.Run(step, s));
     });
     // Nothing is missing, and the optimizer's moments are there and have moved.
@@ -207,9 +199,7 @@ TEST(LongReshard, EveryFactorisationFromEveryOther) {
       TrainingStep step(tiny.options(), c);
       for (size_t a = 0; a < all.size(); ++a) {
         const std::string what = b.name() + " from " + all[a].name();
-        LoadState(saves[a], step.State());
-        step.optimizer().set_step(kSteps);
-        step.optimizer().ShareValues();
+        LoadRun(step, saves[a], kSteps);
         bool same = true;
         for (const StateEntry& entry : step.State()) {
           const std::vector<double>& whole = wholes[a].at(entry.name);

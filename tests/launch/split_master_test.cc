@@ -11,6 +11,7 @@
 #include "launch/dry_run.h"
 #include "launch/plan.h"
 #include "tests/launch/parity.h"
+#include "tests/launch/run_state.h"
 #include "tests/launch/temporary_directory.h"
 
 namespace shoal {
@@ -65,17 +66,10 @@ std::string Continue(const Recipe& recipe, int ranks, int from, int to, const st
   std::string saved;
   RunThreadRanks(ranks, 1, [&](Communicator& c) {
     TrainingStep step(Options(recipe), c);
-    if (!load.empty()) {
-      LoadRunState(load, step.State());
-      step.optimizer().set_step(from);
-      step.optimizer().ShareValues();
-    }
+    if (!load.empty()) LoadRun(step, load, from);
     for (int s = from; s < to; ++s) step.Run(Batches(recipe, step, s, 1, InOrder()), recipe.lr);
-    if (c.rank() == 0) BeginSave(directory, to);
-    c.Barrier();
-    const auto parts = c.AllGatherStrings(WritePart(directory, to, c.rank(), step.State(true)));
-    if (c.rank() == 0) saved = CommitSave(directory, {to, 0, "", ""}, parts);
-    c.Barrier();
+    const std::string path = SaveRun(step, c, directory, to);
+    if (c.rank() == 0) saved = path;
   });
   return saved;
 }
